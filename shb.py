@@ -1,0 +1,124 @@
+"""SGD, stochastic heavy ball (SHB) and normalized SHB: they differ in one line, the search direction.
+
+With the mini-batch gradient g_t, learning rate η, momentum factor β and m_{−1} = 0 (paper, section 2)
+
+    d_t = g_t                          SGD
+    d_t = β m_{t−1} + g_t              SHB
+    d_t = β m_{t−1} + (1 − β) g_t      NSHB
+    x_{t+1} = x_t − η d_t,   m_t = d_t
+
+SHB(lr=η) has the trajectory of torch.optim.SGD(lr=η, momentum=β), and NSHB(lr=η) that of
+torch.optim.SGD(lr=η(1−β), momentum=β). NSHB is not torch's `dampening=β`, whose buffer starts undamped.
+"""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, d_t = g_t.
+
+    params: tensors or parameter groups. lr: η ≥ 0. Raises ValueError outside that range.
+    """
+
+    def __init__(self, params, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+
+    @staticmethod
+    def _search_direction(m: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
+        return g
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group of parameters, with its own lr and momentum if it names them. ValueError if invalid."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not 0 <= group["lr"] < float("inf"):
+            raise ValueError(f"lr must be finite and at least 0, got {group['lr']}")
+        if not 0 <= group.get("momentum", 0) < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """x ← x − η d_t for every parameter that holds a gradient; `.grad` is left as it is.
+
+        closure: optional, computes the gradients again and returns the loss, which `step` then returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, params, m, g in self._groups():
+            if params:
+                d = self._search_direction(m, g, group.get("momentum", 0))
+                torch._foreach_add_(params, d, alpha=-group["lr"])
+        return loss
+
+    @torch.no_grad()
+    def direction(self) -> list[Tensor]:
+        """d_t of the gradients now held, without taking the step: nothing changes.
+
+        Returns one new tensor a parameter, in the order of the parameter groups; zeros where a parameter
+        holds no gradient, since `step` would not move it.
+        """
+        direction = []
+        for group, params, m, g in self._groups(peek=True):
+            d = self._search_direction(m, [x.clone() for x in g], group.get("momentum", 0)) if params else []
+            moved = dict(zip(params, d, strict=True))
+            direction += [moved[p] if p in moved else torch.zeros_like(p) for p in group["params"]]
+        return direction
+
+    def _groups(self, peek: bool = False):
+        """For each group: itself, its parameters that hold a gradient, m_{t−1} (copies if `peek`), gradients."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            yield group, params, self._momentum(params, peek), [p.grad for p in params]
+
+    def _momentum(self, params: list[Tensor], peek: bool) -> list[Tensor]:
+        return []
+
+
+class SHB(SGD):
+    """Stochastic heavy ball, d_t = β m_{t−1} + g_t: what PyTorch calls SGD with momentum.
+
+    params: tensors or parameter groups. lr: η ≥ 0. momentum: β in [0, 1). ValueError outside these ranges.
+    """
+
+    def __init__(self, params, lr: float = 0.1, momentum: float = 0.9):
+        Optimizer.__init__(self, params, {"lr": lr, "momentum": momentum})
+
+    @staticmethod
+    def _search_direction(m: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
+        return _scale_add(m, beta, g, 1)
+
+    def _momentum(self, params: list[Tensor], peek: bool) -> list[Tensor]:
+        m = []
+        for p in params:
+            buffer = self.state.get(p, {}).get("momentum_buffer")
+            if buffer is None:
+                buffer = torch.zeros_like(p)
+                if not peek:
+                    self.state[p]["momentum_buffer"] = buffer
+            m.append(buffer.clone() if peek else buffer)
+        return m
+
+
+class NSHB(SHB):
+    """Normalized stochastic heavy ball, d_t = β m_{t−1} + (1 − β) g_t; arguments as in SHB.
+
+    At the same lr its steps are 1 − β times as long as SHB's.
+    """
+
+    @staticmethod
+    def _search_direction(m: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
+        return _scale_add(m, beta, g, 1 - beta)
+
+
+def _scale_add(m: list[Tensor], beta: float, g: list[Tensor], weight: float) -> list[Tensor]:
+    """m ← β m + weight · g, in place: the buffers become the direction, m_t = d_t."""
+    torch._foreach_mul_(m, beta)
+    torch._foreach_add_(m, g, alpha=weight)
+    return m
+
+
+OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB}
