@@ -1,0 +1,184 @@
+"""The command line: every flag, checked before anything slow or lasting happens, and the state of a run."""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+TRAINING_IMAGES = {"CIFAR100": 50_000, "CIFAR10": 50_000, "digits": 1_437}
+MODELS = ("ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20")
+EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
+
+# What may differ between a run and its resumption: where it runs and what is logged, and the two caps.
+FREE_ON_RESUME = {
+    *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every", "print_name"),
+    *("wandb_entity", "wandb_project", "wandb_mode", "epochs", "max_steps"),
+}
+
+
+class UserError(Exception):
+    """A mistake of the user's or of the surroundings: printed as one line, `error: …`; exit status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _number(kind: type, allowed: str, check):
+    """A converter for argparse that names what was given and what is allowed."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and check(value)):
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}")
+        return value
+
+    return convert
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
+        raise argparse.ArgumentTypeError(
+            f"got {text[:40]!r}, allowed are up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, "
+            "digit or _ in front"
+        )
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, …")
+    return text
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is the path of a directory")
+    return Path(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of main.py; its defaults are those of the authors' command line where they have the flag."""
+    positive = _number(float, "a finite number above 0", lambda v: v > 0)
+    count = _number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
+    whole = _number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
+    beta = _number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
+    seed = _number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
+
+    parser = _Parser(
+        prog="main.py",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Search direction noise and critical batch sizes of SGD with and without momentum.",
+        epilog="In the names of flags, - and _ mean the same. Exit status: 0 finished, 3 diverged, 2 error, "
+        "130 or 143 stopped with a checkpoint.",
+    )
+    add = parser.add_argument_group("the experiment (paper, section 2)").add_argument
+    add("--mode", choices=("normal", "critical", "sampling"), default="normal", help="which of the three")
+    add("--dataset", choices=tuple(TRAINING_IMAGES), default="CIFAR100", help="digits needs no download")
+    add("--model", choices=MODELS, default="ResNet18", help="network")
+    add("--optimizer", choices=("sgd", "shb", "nshb"), default="shb", help="search direction")
+    add("--epochs", type=count, default=200, metavar="N", help="normal: passes over the training images")
+    add("--lr", type=positive, default=0.1, metavar="ETA", help="learning rate")
+    add("--batchsize", type=count, default=8, metavar="B", help="images a step")
+    add("--beta1", type=beta, default=0.9, metavar="BETA", help="momentum factor of shb and nshb")
+    add("--eps", type=positive, nargs="+", default=[0.5], help="critical: one or more thresholds")
+    add("--min_epochs", type=whole, default=11, metavar="N", help="critical: passes before the check starts")
+    add("--steps", type=whole, default=10_000, metavar="N", help="sampling: updates before the measurement")
+    add(
+        "--full_grad_batchsize",
+        type=count,
+        default=1000,
+        metavar="B",
+        help="sampling: chunk of ∇f, in images",
+    )
+    add("--max_steps", type=count, metavar="N", help="ends any mode after so many updates")
+    add("--seed", type=seed, default=0, help="of weights, shuffling, augmentation, measuring")
+
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    add(
+        "--precision",
+        choices=("default", "ieee", "bf16"),
+        default="default",
+        help="default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast",
+    )
+    add("--compile", action="store_true", help="CUDA: replay the step as one captured graph")
+    add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
+    add("--data_dir", type=_path, default="data", metavar="DIR", help="where the data sets are cached")
+
+    add = parser.add_argument_group("the record").add_argument
+    add("--runs_dir", type=_path, default="runs", metavar="DIR", help="where runs are recorded")
+    add("--name", type=_name, help="directory of this run below runs_dir (default: made of its arguments)")
+    add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
+    add(
+        "--checkpoint_every",
+        type=_number(float, "a finite number of seconds of at least 0", lambda v: v >= 0),
+        default=300.0,
+        metavar="SECONDS",
+        help="between two checkpoints",
+    )
+    add("--print_name", action="store_true", help="print the run's state and directory, and do nothing else")
+    add("--wandb_entity", default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
+    add("--wandb_project", default="role_of_momentum", help="project to log to")
+    add(
+        "--wandb_mode",
+        choices=("online", "offline", "disabled"),
+        help="default: WANDB_MODE, or by the entity",
+    )
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The checked arguments, `name` filled in. Raises UserError naming argument, value and what is allowed."""
+    normalized = [
+        re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word, flags=re.DOTALL) for word in argv
+    ]
+    args = build_parser().parse_args(normalized)
+    images = TRAINING_IMAGES[args.dataset]
+    for flag in ("batchsize", "full_grad_batchsize"):
+        if getattr(args, flag) > images and (flag == "batchsize" or args.mode == "sampling"):
+            raise UserError(
+                f"argument --{flag}: got {getattr(args, flag)}, allowed is at most the {images} training images "
+                f"of {args.dataset}"
+            )
+    args.eps = sorted(set(args.eps), reverse=True)
+    args.name = args.name or _default_name(args)
+    return args
+
+
+def _default_name(args: argparse.Namespace) -> str:
+    beta = "" if args.optimizer == "sgd" else f"-beta{args.beta1:g}"
+    return (
+        f"{args.mode}-{args.dataset}-{args.model}-{args.optimizer}-b{args.batchsize}-lr{args.lr:g}{beta}"
+        f"-seed{args.seed}"
+    )
+
+
+def run_state(directory: Path) -> str:
+    """`new`, `unfinished`, or the status a run ended with: `finished`, `not_reached`, `diverged`."""
+    summary = read_summary(directory)
+    if summary:
+        return summary["status"]
+    return "unfinished" if directory.exists() else "new"
+
+
+def read_summary(directory: Path) -> dict | None:
+    """summary.json of a run that has ended; None where there is none, or it is damaged (which is said)."""
+    path = directory / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary["status"] not in EXIT_STATUS or not isinstance(summary["args"], dict):
+            raise ValueError("no known status")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"warning: {path} is damaged ({error}); the run counts as unfinished", file=sys.stderr)
+        return None
+    return summary

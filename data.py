@@ -1,0 +1,214 @@
+"""The data sets as tensors that live on the device: loading, shuffling, and augmentation in one gather.
+
+Augmented pixels equal those of torchvision's PIL pipeline bit for bit: RandomCrop(32, padding=4),
+RandomHorizontalFlip, and for CIFAR-100 RandomRotation(15). What an epoch draws depends on the seed and the
+epoch alone, so any step of any epoch can be had again without a generator's history.
+"""
+
+import fcntl
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arguments import TRAINING_IMAGES, UserError
+
+SHUFFLING, MEASURING = 1, 2  # streams of random numbers: measuring never changes training
+BLOCK = 1024  # images augmented at once: at small batches the launches of a block serve many steps
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is done with a data set's images. mean, std: a channel, on the scale [0, 1]. angle: in degrees."""
+
+    classes: int
+    test_images: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmented: bool = False
+    angle: float = 0.0
+
+
+SPECS = {
+    "CIFAR100": Spec(
+        classes=100,
+        test_images=10_000,
+        mean=(0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
+        std=(0.2673342858792401, 0.2564384629170883, 0.27615047132568404),
+        augmented=True,
+        angle=15.0,
+    ),
+    # A well-known wrong std (true: 0.2470, 0.2435, 0.2616), kept because the paper uses it.
+    "CIFAR10": Spec(10, 10_000, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), augmented=True),
+    "digits": Spec(10, 360, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+class Data:
+    """A data set on a device.
+
+    x_train, x_test: uint8 images (n, 32, 32, 3). y_train, y_test: labels (n,).
+    Batches come out as float32 images (b, 3, 32, 32), scaled to [0, 1] and normalized, and int64 labels (b,);
+    on CUDA the images are in channels_last memory.
+    """
+
+    def __init__(self, spec: Spec, arrays: dict[str, np.ndarray], device: torch.device, seed: int):
+        self.spec, self.device, self.seed = spec, device, seed
+        self.size = len(arrays["x_train"])
+        pixels = torch.zeros(self.size * 1024 + 1, 3, dtype=torch.uint8, device=device)
+        pixels[:-1] = torch.from_numpy(arrays["x_train"]).reshape(-1, 3)
+        self.pixels = pixels  # one row a pixel; the last row is the black of borders and corners
+        self.y_train = torch.from_numpy(arrays["y_train"]).to(device, torch.int64)
+        self.x_test = torch.from_numpy(arrays["x_test"]).to(device)
+        self.y_test = torch.from_numpy(arrays["y_test"]).to(device, torch.int64)
+        self.mean = torch.tensor(spec.mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(spec.std, device=device).view(3, 1, 1)
+        self.grid = torch.arange(1024, dtype=torch.int32, device=device)
+
+    def epoch(self, number: int, batchsize: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `number` from the `start`-th on: a fresh permutation, the partial batch kept."""
+        return self._pass((self.seed, SHUFFLING, number), batchsize, start)
+
+    def full_pass(self, step: int, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images once, in chunks of `batchsize`, augmented from the stream kept for measuring."""
+        return self._pass((self.seed, MEASURING, step), batchsize, 0)
+
+    def test(self, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images in batches, never augmented."""
+        for x, y in zip(self.x_test.split(batchsize), self.y_test.split(batchsize), strict=True):
+            yield self.normalize(x), y
+
+    def _pass(self, key: tuple[int, ...], batchsize: int, start: int):
+        rng = np.random.default_rng(key)
+        order = rng.permutation(self.size)
+        plan = draw_augmentation(rng, self.size, self.spec.angle) if self.spec.augmented else None
+        order = torch.from_numpy(order.astype(np.int32)).to(self.device)
+        plan = None if plan is None else torch.from_numpy(plan).to(self.device)
+        block = max(1, BLOCK // batchsize) * batchsize
+        for at in range(start * batchsize, self.size, block):
+            index = order[at : at + block]
+            x = self.normalize(self.images(index, None if plan is None else plan[at : at + block]))
+            y = self.y_train.index_select(0, index)
+            yield from zip(x.split(batchsize), y.split(batchsize), strict=True)
+
+    def images(self, index: Tensor, plan: Tensor | None = None) -> Tensor:
+        """Training images as uint8 (b, 32, 32, 3).
+
+        index: int32 (b,). plan: rows of `draw_augmentation` (b, 9), or None for the images as they are.
+        """
+        at = index.view(-1, 1) * 1024
+        if plan is None:
+            at = at + self.grid
+        else:
+            # From an output pixel back to its source: PIL's rotation in 16.16 fixed point, the flip, the crop.
+            x, y = self.grid & 31, self.grid >> 5
+            a, b, c, d, e, f, sign, dx, dy = plan.view(-1, 9, 1).unbind(1)
+            x, y = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16
+            u, v = x * sign + dx, y + dy
+            inside = ((x | y | u | v) >> 5) == 0  # all four in 0..31: a negative number has high bits too
+            at = torch.where(inside, at + (v * 32 + u), self.size * 1024)
+        return self.pixels.index_select(0, at.view(-1)).view(-1, 32, 32, 3)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (b, 32, 32, 3) → float32 (b, 3, 32, 32), with the arithmetic of ToTensor and Normalize."""
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+        return x.div_(255).sub_(self.mean).div_(self.std)
+
+
+def draw_augmentation(rng: np.random.Generator, n: int, angle: float) -> np.ndarray:
+    """n random crops, flips and rotations, as the int32 rows (n, 9) that `Data.images` takes.
+
+    The distributions are torchvision's: offsets uniform in −4 … 4, a flip at 1/2, degrees in [−angle, angle].
+    """
+    dx, dy = rng.integers(-4, 5, size=(2, n))
+    return augmentation(dx, dy, rng.random(n) < 0.5, rng.uniform(-angle, angle, n))
+
+
+def augmentation(dx: np.ndarray, dy: np.ndarray, flip: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Rows (n, 9), int32, of given crops (dx, dy: pixels, −4 … 4), flips (bool) and rotations (degrees).
+
+    A row is a, b, c, d, e, f, sign, dx, dy: the rotation takes the output pixel (x, y) to
+    ((ax + by + c) >> 16, (dx + ey + f) >> 16), as PIL's nearest rotation about the centre (16, 16) does it.
+    """
+    radians = -np.radians(np.mod(degrees, 360.0))
+    # Pillow rounds the matrix to 15 digits, and so do we, to meet its fixed-point numbers exactly.
+    cos, sin = np.round(np.cos(radians), 15), np.round(np.sin(radians), 15)
+    c, f = 16 - (cos * 16 + sin * 16), 16 - (-sin * 16 + cos * 16)
+    c, f = c + 0.5 * cos + 0.5 * sin, f - 0.5 * sin + 0.5 * cos
+    matrix = [np.floor(v * 65536 + 0.5) for v in (cos, sin, c, -sin, cos, f)]
+    rows = [*matrix, np.where(flip, -1, 1), np.where(flip, 31 + dx, dx), dy]
+    return np.stack(rows, axis=1).astype(np.int32)
+
+
+def load(name: str, data_dir: Path, device: torch.device, seed: int) -> Data:
+    """The data set `name` on `device`; CIFAR from `<data_dir>/<name>.npz`, downloaded first if it is missing.
+
+    Raises UserError if the file is damaged, or missing and not to be had.
+    """
+    arrays = _digits() if name == "digits" else _cifar(name, data_dir)
+    return Data(SPECS[name], arrays, device, seed)
+
+
+def _digits() -> dict[str, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    images = np.repeat(images.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
+    order = np.random.default_rng(0).permutation(len(images))  # a fixed split, whatever the seed
+    n = TRAINING_IMAGES["digits"]
+    parts = {"train": order[:n], "test": order[n:]}
+    return {f"{k}_{part}": v[i] for part, i in parts.items() for k, v in (("x", images), ("y", digits.target))}
+
+
+def _cifar(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+    cache = data_dir / f"{name}.npz"
+    if not cache.exists():
+        _download(name, data_dir, cache)
+    spec, arrays = SPECS[name], {}
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            for part, n in (("train", TRAINING_IMAGES[name]), ("test", spec.test_images)):
+                x, y = file[f"x_{part}"], file[f"y_{part}"]
+                if x.dtype != np.uint8 or x.shape != (n, 32, 32, 3):
+                    raise ValueError(f"x_{part} is {x.dtype} {x.shape}, not uint8 {(n, 32, 32, 3)}")
+                if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= spec.classes:
+                    raise ValueError(f"y_{part} does not hold {n} labels from 0 to {spec.classes - 1}")
+                arrays |= {f"x_{part}": x, f"y_{part}": y.astype(np.int64)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"argument --data_dir: {cache} is damaged or not ours ({error}); delete it, and the next run makes it anew"
+        ) from error
+    return arrays
+
+
+def _download(name: str, data_dir: Path, cache: Path) -> None:
+    import torchvision
+
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with open(data_dir / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs started at once, one downloads
+            if cache.exists():
+                return
+            arrays = {}
+            for part in ("train", "test"):
+                source = getattr(torchvision.datasets, name)(data_dir, train=part == "train", download=True)
+                arrays |= {f"x_{part}": source.data, f"y_{part}": np.asarray(source.targets)}
+            temporary = cache.with_suffix(f".{os.getpid()}.npz")
+            try:
+                np.savez(temporary, **arrays)
+                os.replace(temporary, cache)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"argument --data_dir: {cache} is missing and could not be downloaded ({' '.join(str(error).split())}); "
+            f"put the file there, or name the directory that holds it, or try --dataset digits, which needs none"
+        ) from error

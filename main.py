@@ -1,0 +1,176 @@
+"""The paper's three experiments: `python main.py --mode normal|critical|sampling`.
+
+normal    train, and measure the test accuracy every epoch
+critical  count the steps until the running mean of the gradient norm is at most ε
+sampling  after some steps, measure the search direction noise ω_t = d_t − ∇f(x_t)
+
+`python main.py --help` lists the arguments, README.md says what a run leaves behind.
+"""
+
+import sys
+from argparse import Namespace
+
+from arguments import EXIT_STATUS, UserError, parse, run_state
+
+if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
+    try:
+        ARGS = parse(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if ARGS.print_name:
+        print(run_state(ARGS.runs_dir / ARGS.name), ARGS.runs_dir / ARGS.name)
+        sys.exit(0)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data as datasets
+from noise import measure, unchanged
+from training import Training
+from utils import Record, Signals, Stopped, pick_device, set_up
+
+
+def normal(run: Training) -> dict:
+    """Train for --epochs; after each, measure the test accuracy. Accuracies are in percent."""
+    results = run.results
+    run.last = min(run.args.epochs * run.steps_per_epoch, run.args.max_steps or run.endless)
+    for window in run.windows():
+        epoch_over = (run.step % run.steps_per_epoch == 0 or run.step == run.last) and not run.diverged_at
+        if epoch_over:
+            accuracy, test_loss = evaluate(run)
+        epoch = run.sums.setdefault("epoch", dict.fromkeys(("steps", "images", "loss", "hits", "norm", "max"), 0))
+        run.count(window)
+        epoch["steps"] += len(window.steps)
+        epoch["images"] += int(window.sizes.sum())
+        epoch["loss"] += float(window.losses @ window.sizes)
+        epoch["hits"] += float(window.hits.sum())
+        epoch["norm"] += float(window.norms.sum())
+        epoch["max"] = max(epoch["max"], float(window.norms.max()))
+        if epoch_over:
+            row = {
+                "training_loss": epoch["loss"] / epoch["images"],
+                "training_acc": 100 * epoch["hits"] / epoch["images"],
+                "test_loss": test_loss,
+                "accuracy": accuracy,
+            }
+            results |= row | {"best_accuracy": max(accuracy, results.get("best_accuracy", 0.0))}
+            run.log(row | {"g-norm": epoch["norm"] / epoch["steps"], "max_g-norm": epoch["max"]})
+            del run.sums["epoch"]
+    names = ("accuracy", "best_accuracy", "training_acc", "training_loss", "test_loss")
+    return {name: results.get(name) for name in names}
+
+
+def critical(run: Training) -> dict:
+    """Train until the running mean of ‖g_t‖ over all steps so far has been at most every ε.
+
+    The device is read only now and then, so the loop runs a little past that step, but the record ends with it.
+    """
+    args = run.args
+    first_check = max(1, args.min_epochs * run.steps_per_epoch)
+    reached = run.results.setdefault("steps_to_eps", {repr(eps): None for eps in args.eps})
+    run.last = args.max_steps or run.endless if None in reached.values() else run.step
+    for window in run.windows():
+        means = run.running_sums(window) / window.steps
+        for eps in args.eps:
+            below = np.flatnonzero((means <= eps) & (window.steps >= first_check))
+            if below.size and reached[repr(eps)] is None:
+                reached[repr(eps)] = int(window.steps[below[0]])
+        if None not in reached.values():
+            run.last, run.diverged_at = run.step, None
+            window = window.until(max(reached.values()))
+        run.count(window)
+        run.record.append_norms(window.norms)
+        run.log_window(window)
+    sfo = {eps: None if steps is None else steps * args.batchsize for eps, steps in reached.items()}
+    return {"steps_to_eps": reached, "sfo": sfo}
+
+
+def sampling(run: Training) -> dict:
+    """Train for --steps, then measure ω_t on the next mini-batch, before its update."""
+    run.last = min(run.args.steps, run.args.max_steps or run.endless)
+    for window in run.windows():
+        run.count(window)
+        run.log_window(window)
+    if run.diverged_at:
+        return {}
+    epoch, start = divmod(run.step, run.steps_per_epoch)
+    batch = next(run.data.epoch(epoch, run.args.batchsize, start))
+    with run.autocast():
+        numbers, omega = measure(
+            run.model,
+            run.optimizer,
+            batch,
+            run.data,
+            run.step,
+            run.args.full_grad_batchsize,
+            run.check_signals,
+        )
+    run.record.save_omega(omega.numpy())
+    return numbers
+
+
+@torch.no_grad()
+def evaluate(run: Training) -> tuple[float, float]:
+    """Accuracy in percent and mean loss over the test images, in evaluation mode; reads the device once."""
+    totals = torch.zeros(2, device=run.data.device)
+    with unchanged(run.model, training=False), run.autocast():
+        for x, y in run.data.test(min(max(run.args.batchsize, 100), 1000)):
+            run.check_signals()
+            logits = run.model(x).float()
+            totals += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
+    hits, loss = totals.tolist()
+    return 100 * hits / len(run.data.y_test), loss / len(run.data.y_test)
+
+
+def main(args: Namespace) -> int:
+    """Set up, run one experiment, and leave its record. Returns the exit status."""
+    record = Record(args)
+    summary = record.finished()
+    if summary:
+        print(f"{summary['status']} already, after {summary['steps']} steps: {record.directory}")
+        return EXIT_STATUS[summary["status"]]
+    device = pick_device(args.device)
+    if args.compile and device.type != "cuda":
+        raise UserError(f"argument --compile: it captures a CUDA graph, and the device is {device}")
+    set_up(args)
+    data = datasets.load(args.dataset, args.data_dir, device, args.seed)
+    record.claim(device)
+    checkpoint = record.load_checkpoint() if args.resume else None
+    run = Training(args, data, record, Signals())
+    if checkpoint:
+        run.load(checkpoint)
+        print(f"resumed at step {run.step}: {record.directory}")
+    planned = {"normal": args.epochs * run.steps_per_epoch, "critical": None, "sampling": args.steps}[args.mode]
+    record.begin(min(filter(None, (planned, args.max_steps)), default=None), run.step)
+    try:
+        results = {"normal": normal, "critical": critical, "sampling": sampling}[args.mode](run)
+        run.save()
+    except Stopped as stop:
+        run.save()
+        record.close(exit_code=128 + stop.signum)
+        print(f"stopped after step {run.step}, with a checkpoint; the same command with --resume goes on")
+        return 128 + stop.signum
+    steps = run.sums["steps"]
+    results["mean_gradient_norm"] = run.sums["norm"] / steps if steps else None
+    results["max_gradient_norm"] = run.sums["max_norm"] if steps else None
+    complete = None not in results.get("steps_to_eps", {}).values()
+    status = "diverged" if run.diverged_at else "finished" if complete else "not_reached"
+    if run.diverged_at:
+        results["diverged_at_step"] = run.diverged_at
+    record.finish(status, steps, steps / run.steps_per_epoch, results)
+    return EXIT_STATUS[status]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(ARGS))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # before the first step: nothing to keep

@@ -1,0 +1,403 @@
+"""Seeding, signals, checkpoints, and the record a run leaves: local files, wandb, progress."""
+
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from arguments import EXIT_STATUS, FREE_ON_RESUME, UserError, read_summary, run_state
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
+NORMS = "gradient_norms.f32"
+
+
+# --- setting up ---------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the best there is. UserError if this machine does not have it."""
+    available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
+    device = torch.device(available[0] if name == "auto" else "cuda:0" if name == "cuda" else name)
+    if str(device) not in available:
+        raise UserError(f"argument --device: got {name!r}, this machine has {', '.join(available)}")
+    return device
+
+
+def set_up(args: Namespace) -> None:
+    """Seed every global generator; set precision and determinism of the backends."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    if args.precision == "ieee":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def environment(device: torch.device) -> dict:
+    """What ran this: versions of the libraries, the device by name, the git commit (None outside git)."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+    }
+
+
+# --- signals ------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came; `signum` says which."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Signals:
+    """Remembers the first SIGTERM or SIGINT until `check` is called; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signum = None
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._remember)
+
+    def _remember(self, signum, frame):
+        self.signum = signum
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come: called where the run's state is whole."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path, keep: Path | None = None):
+    """A binary file to write that takes the place of `path` when it is complete and on disk, or never.
+
+    keep: where the file that was at `path` goes then, instead of being lost.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value):
+    """`value` for JSON: paths become strings, numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(plain(content), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _contradictions(before: dict, args: Namespace) -> list[str]:
+    now = plain(vars(args))
+    return [
+        f"--{k} {now[k]} (was {before.get(k)})" for k in now if k not in FREE_ON_RESUME and before.get(k) != now[k]
+    ]
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+class Record:
+    """One run's directory, `<runs_dir>/<name>/`, owned by this process from `claim` on; its wandb run.
+
+    `rows` is metrics.csv in memory, and goes into every checkpoint, so that the file can always be restored.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args, self.directory = args, args.runs_dir / args.name
+        self.rows: list[str] = []
+        self.seconds, self._started = 0.0, time.monotonic()
+        self.wandb, self.bar = None, None
+
+    def finished(self) -> dict | None:
+        """The summary of this run if it has ended and a resumption adds nothing. Changes nothing.
+
+        Raises UserError if the run exists and --resume is not given, another process owns it, or it was
+        made with other arguments.
+        """
+        args = self.args
+        if (self.directory / ".lock").exists():
+            with open(self.directory / ".lock") as lock:
+                self._lock(lock)
+        elif self.directory.exists() and not (self.directory.is_dir() and os.access(self.directory, os.W_OK)):
+            raise UserError(f"argument --name: {self.directory} is not a directory that can be written to")
+        self._refuse_existing()
+        if not args.resume:
+            return None
+        summary = read_summary(self.directory)
+        if summary is None:
+            return None
+        self._refuse(_contradictions(summary["args"], args), "the finished run")
+        raised = summary["args"].get("max_steps") != args.max_steps or (
+            args.mode == "normal" and summary["args"].get("epochs") != args.epochs
+        )
+        ended = summary["status"] == "diverged" or (summary["status"] == "finished" and args.mode != "normal")
+        return summary if ended or not raised else None
+
+    def claim(self, device: torch.device) -> None:
+        """Make the directory this process's own, and write args.json. UserError if that cannot be."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock_file = open(self.directory / ".lock", "a")  # noqa: SIM115 (held until the process ends)
+        except OSError as error:
+            raise UserError(f"argument --runs_dir: {self.directory} cannot be written to ({error})") from error
+        self._lock(self._lock_file)
+        self._refuse_existing()  # a moment ago it did not exist, but another process may have come between
+        content = {"args": vars(self.args), "environment": environment(device)}
+        write_json(self.directory / "args.json", content)
+        self.config = plain(content["args"] | {"environment": content["environment"]})
+
+    def _refuse_existing(self) -> None:
+        if not self.args.resume and self.directory.exists() and set(os.listdir(self.directory)) - {".lock"}:
+            raise UserError(
+                f"argument --name: {self.directory} exists already ({run_state(self.directory)}); "
+                "--resume goes on with it, another --name starts a new run"
+            )
+
+    def _lock(self, file) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"argument --name: {self.directory} belongs to another, running process") from error
+
+    def _refuse(self, contradictions: list[str], what: str) -> None:
+        if contradictions:
+            raise UserError(
+                f"argument --resume: {what} in {self.directory} has other arguments: {', '.join(contradictions)}; "
+                "give the same, or another --name"
+            )
+
+    def begin(self, total: int | None, step: int) -> None:
+        """Start logging at `step` of `total` (None: open): metrics.csv as far as it is known, wandb, progress."""
+        with replacing(self.directory / "metrics.csv") as file:
+            file.write("".join(self.rows).encode())
+        self._csv = open(self.directory / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
+        self.wandb = start_wandb(self.args, self.directory, self.config)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def log(self, row: dict, show: bool) -> None:
+        """One row of metrics.csv and of wandb, beginning with `steps`. show: as a line of progress too."""
+        row = row | {"seconds": round(self.elapsed(), 3)}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self.rows:
+            writer.writerow(row)
+        writer.writerow(row.values())
+        self.rows.append(text.getvalue())
+        self._csv.write(self.rows[-1])
+        self._csv.flush()
+        self.to_wandb(lambda run: run.log(row))
+        self.bar.update(row["steps"] - self.bar.n)
+        if show:
+            line = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "steps")
+            if self.bar.disable:
+                print(f"steps {row['steps']} {line}", flush=True)
+            else:
+                self.bar.set_postfix_str(line)
+
+    def append_norms(self, norms: np.ndarray) -> None:
+        """Add gradient norms to the history, 4 bytes a step: little-endian float32."""
+        with open(self.directory / NORMS, "ab") as file:
+            file.write(norms.astype("<f4").tobytes())
+
+    def save_omega(self, omega: np.ndarray) -> None:
+        """Keep ω, flat float32, and show its histogram in wandb."""
+        with replacing(self.directory / "omega.npy") as file:
+            np.save(file, omega, allow_pickle=False)
+
+        def histogram(run) -> None:
+            from wandb import Histogram
+
+            run.summary["omega"] = Histogram(np_histogram=np.histogram(omega, bins=100))
+
+        self.to_wandb(histogram)
+
+    def elapsed(self) -> float:
+        """Seconds that this run has taken, over all its parts."""
+        return self.seconds + time.monotonic() - self._started
+
+    def finish(self, status: str, steps: int, epochs: float, results: dict) -> None:
+        """Write summary.json, which ends the run, and close wandb."""
+        summary = {"status": status, "mode": self.args.mode, "steps": steps, "epochs": epochs}
+        summary |= {"seconds": self.elapsed(), "args": vars(self.args), "results": results}
+        write_json(self.directory / "summary.json", summary)
+        flat = {k: v for k, v in plain(results).items() if not isinstance(v, dict)}
+        for name in ("steps_to_eps", "sfo"):
+            flat |= {f"{name}/{eps}": v for eps, v in results.get(name, {}).items()}
+        self.to_wandb(lambda run: run.summary.update(flat | {"status": status}))
+        self.close(exit_code=EXIT_STATUS[status])
+        print(f"{status} after {steps} steps: {self.directory}")
+        for key, value in plain(results).items():
+            print(f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}")
+
+    def close(self, exit_code: int) -> None:
+        """End progress and wandb, and say how an offline wandb run is synchronized."""
+        self.bar.close()
+        offline = self.wandb is not None and self.wandb.settings.mode == "offline"
+        path = Path(self.wandb.dir).parent if offline else None
+        self.to_wandb(lambda run: run.finish(exit_code=exit_code))
+        if path:
+            print(f"wandb: to upload this run, `wandb sync {path}`")
+
+    def to_wandb(self, call: Callable) -> None:
+        """Let `call` use the wandb run; whatever goes wrong there is said once and ends wandb, not the training."""
+        if self.wandb is not None:
+            try:
+                call(self.wandb)
+            except Exception as error:
+                _warn(f"wandb failed ({_one_line(error)}); going on without it, the local record is complete")
+                self.wandb = None
+
+    # --- checkpoints: the newest, and the one before, kept until the newest is whole ---
+
+    def save_checkpoint(self, content: dict) -> None:
+        """Write a checkpoint of tensors and plain values, with what this record needs to go on from it."""
+        newest, previous = (self.directory / name for name in CHECKPOINTS)
+        norms = self.directory / NORMS
+        if norms.exists():  # what the checkpoint counts on must be on disk before it
+            with open(norms, "rb") as file:
+                os.fsync(file.fileno())
+        content = content | {"args": plain(vars(self.args)), "rows": self.rows, "seconds": self.elapsed()}
+        with replacing(newest, keep=previous) as file:
+            torch.save(content, file)
+
+    def load_checkpoint(self) -> dict | None:
+        """The newest good checkpoint, on the CPU; None if there is none at all.
+
+        A damaged one is named in a warning. Raises UserError if all are damaged, or the arguments differ.
+        """
+        reasons = []
+        for path in (self.directory / name for name in CHECKPOINTS):
+            if path.exists():
+                try:
+                    content = _read_checkpoint(path)
+                    self._cut_norms(content["norms_recorded"])
+                except Exception as error:  # whatever garbage in a file brings about
+                    reasons.append(f"{path} is damaged ({_one_line(error)})")
+                    _warn(reasons[-1])
+                    continue
+                self._refuse(_contradictions(content["args"], self.args), "the checkpoint")
+                self.rows, self.seconds = content["rows"], content["seconds"]
+                return content
+        if reasons:
+            raise UserError(
+                f"argument --resume: no good checkpoint in {self.directory}: {'; '.join(reasons)}; "
+                "delete the directory to start again"
+            )
+        self._cut_norms(0)
+        return None
+
+    def _cut_norms(self, count: int) -> None:
+        path = self.directory / NORMS
+        size = path.stat().st_size if path.exists() else 0
+        if size < 4 * count:
+            raise ValueError(f"{path} holds {size // 4} gradient norms of the {count} there were")
+        if size > 4 * count:
+            os.truncate(path, 4 * count)
+
+
+def _read_checkpoint(path: Path) -> dict:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# --- wandb --------------------------------------------------------------------------------------------------
+
+
+def start_wandb(args: Namespace, directory: Path, config: dict):
+    """A wandb run that logs against `steps`, or None (disabled, not installed, or it does not start)."""
+    has_entity = args.wandb_entity != "XXXXXX"
+    mode = args.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if has_entity else "offline")
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_CACHE_DIR", str((directory / "wandb").absolute()))
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            import wandb
+
+            run = wandb.init(
+                entity=args.wandb_entity if has_entity else None,
+                project=args.wandb_project,
+                mode=attempt,
+                dir=directory,
+                name=args.name,
+                group=args.name.removesuffix(f"-seed{args.seed}"),
+                job_type=args.mode,
+                tags=[args.dataset, args.model, args.optimizer],
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            run.define_metric("steps")
+            run.define_metric("*", step_metric="steps")
+            run.define_metric("accuracy", step_metric="steps", summary="last,max")
+            if attempt == "offline":
+                print(f"wandb: logging offline{'' if has_entity else ' (no --wandb_entity)'}")
+            return run
+        except Exception as error:
+            _warn(f"wandb did not start in mode {attempt!r} ({_one_line(error)})")
+    return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
