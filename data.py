@@ -191,10 +191,12 @@ def _cifar(name: str, data_dir: Path) -> dict[str, np.ndarray]:
 def _download(name: str, data_dir: Path, cache: Path) -> None:
     import torchvision
 
+    created = not data_dir.exists()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with open(data_dir / f".{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs started at once, one downloads
+        directory = os.open(data_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)  # of several runs started at once, one downloads
             if cache.exists():
                 return
             arrays = {}
@@ -207,8 +209,12 @@ def _download(name: str, data_dir: Path, cache: Path) -> None:
                 os.replace(temporary, cache)
             finally:
                 temporary.unlink(missing_ok=True)
+        finally:
+            os.close(directory)
     except (OSError, RuntimeError) as error:
+        if created and data_dir.is_dir() and not os.listdir(data_dir):
+            data_dir.rmdir()
         raise UserError(
             f"argument --data_dir: {cache} is missing and could not be downloaded ({' '.join(str(error).split())}); "
-            f"put the file there, or name the directory that holds it, or try --dataset digits, which needs none"
+            "put the file there, or name the directory that holds it, or try --dataset digits, which needs none"
         ) from error

@@ -1,0 +1,67 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["WANDB_MODE"] = "disabled"  # tests of wandb say otherwise
+os.environ["OMP_NUM_THREADS"] = "1"  # small networks: threads that wait for each other cost more than they bring
+torch.set_num_threads(1)
+
+
+class Tiny(nn.Module):
+    """A convolution, BatchNorm and a linear layer: quick, and with all that training has to keep."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, 4, 1), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4 * 64, num_classes)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.bn(self.conv(x))).flatten(1))
+
+
+def run_main(*argv, cwd, env=None, timeout=300):
+    """main.py as a real command, without a terminal."""
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, argv)]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def summary(directory):
+    return json.loads((directory / "summary.json").read_text())
+
+
+def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True):
+    """Random images with random labels, as a Data on the CPU."""
+    import data
+
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for part, k in (("train", n), ("test", n_test)):
+        arrays[f"x_{part}"] = rng.integers(0, 256, (k, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = rng.integers(0, classes, k)
+    angle = 15.0 if augmented else 0.0
+    spec = data.Spec(classes, n_test, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), augmented, angle)
+    return data.Data(spec, arrays, torch.device("cpu"), seed)
+
+
+@pytest.fixture(scope="session")
+def cifar_dir(tmp_path_factory):
+    """A directory with the real CIFAR100.npz; skips where neither it nor the strips it is made of are to be had."""
+    for directory in (ROOT / "data", Path(os.environ.get("DATA_DIR", ROOT / "data"))):
+        if (directory / "CIFAR100.npz").exists():
+            return directory
+    unpack = ROOT.parent / "shared" / "data" / "unpack_cifar100.py"
+    if not unpack.exists():
+        pytest.skip("no real CIFAR-100: data/CIFAR100.npz is absent")
+    directory = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, str(unpack), str(directory)], check=True, capture_output=True)
+    return directory

@@ -1,0 +1,178 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Tiny, make_data
+from scipy import stats
+from torch import nn
+
+import models
+import noise
+from shb import OPTIMIZERS
+
+
+def plain_net(seed, classes=10):
+    """No BatchNorm: every image's gradient stands alone, so a slow twin can go image by image."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 64, classes))
+
+
+def slow_full_gradient(model, data, step):
+    """(1/N) Σ_i ∇ℓ_i, one image at a time, in float64."""
+    model = copy.deepcopy(model).double()
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for x, y in data.full_pass(step, 1):
+        log_p = torch.log_softmax(model(x.double()), 1)
+        for t, g in zip(total, torch.autograd.grad(-log_p[0, y[0]], list(model.parameters())), strict=True):
+            t += g / data.size
+    return total
+
+
+@pytest.mark.parametrize(("n", "chunk"), [(60, 60), (60, 17), (61, 20), (40, 1)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_full_gradient_weighs_every_image_the_same(n, chunk, seed):
+    data, model = make_data(n, seed=seed), plain_net(seed)
+    ours = noise.full_gradient(model, data.full_pass(7, chunk), n)
+    for a, b in zip(ours, slow_full_gradient(model, data, 7), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_short_pass_is_refused():
+    data = make_data(60)
+    with pytest.raises(ValueError, match="hold 60 images, not 61"):
+        noise.full_gradient(plain_net(0), data.full_pass(0, 20), 61)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_omega_is_the_direction_minus_the_full_gradient_at_the_same_point(name, seed):
+    data, model = make_data(60, seed=seed), plain_net(seed)
+    beta, lr = 0.7, 0.05
+    optimizer = OPTIMIZERS[name](model.parameters(), lr, **({} if name == "sgd" else {"momentum": beta}))
+    m = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for step in range(4):
+        x, y = next(data.epoch(step, 8))
+        twin = copy.deepcopy(model).double()
+        g = torch.autograd.grad(F.cross_entropy(twin(x.double()), y), list(twin.parameters()))
+        weight = 1 - beta if name == "nshb" else 1
+        d = [gi if name == "sgd" else beta * mi + weight * gi for mi, gi in zip(m, g, strict=True)]
+        if step == 3:
+            break
+        m = d
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    numbers, omega = noise.measure(model, optimizer, (x, y), data, 3, 17)
+    full = slow_full_gradient(model, data, 3)
+    flat = lambda tensors: np.concatenate([t.detach().numpy().ravel() for t in tensors])  # noqa: E731
+    d, g, full = flat(d), flat(g), flat(full)
+    np.testing.assert_allclose(omega.numpy(), d - full, rtol=1e-3, atol=1e-6)
+    expected = {
+        "noise_norm": np.linalg.norm(d - full),
+        "direction_norm": np.linalg.norm(d),
+        "full_gradient_norm": np.linalg.norm(full),
+        "gradient_norm": np.linalg.norm(g),
+        "gradient_noise_norm": np.linalg.norm(g - full),
+        "cosine": d @ full / np.linalg.norm(d) / np.linalg.norm(full),
+        "delta": lr * np.linalg.norm(d - full),
+    }
+    for key, value in expected.items():
+        assert numbers[key] == pytest.approx(value, rel=1e-4), key
+    assert (numbers["noise_norm"] == numbers["gradient_noise_norm"]) == (name == "sgd")
+
+
+def snapshot(model, optimizer):
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return state, grads, torch.get_rng_state(), np.random.get_state()[1].copy(), model.training
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor | np.ndarray):
+        return np.array_equal(np.asarray(a), np.asarray(b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_changes_nothing(fails, held, training):
+    torch.manual_seed(0)
+    data = make_data(60)
+    model = nn.Sequential(Tiny(20), nn.Dropout(0.5), nn.Linear(20, 10)).train(training)
+    optimizer = OPTIMIZERS["shb"](model.parameters(), 0.1)
+    x, y = next(data.epoch(0, 8))
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    if not held:
+        optimizer.zero_grad()
+    before = snapshot(model, optimizer)
+    calls = []
+
+    def between():
+        calls.append(1)
+        if fails and len(calls) == 3:
+            raise KeyError("stop")
+
+    if fails:
+        with pytest.raises(KeyError):
+            noise.measure(model, optimizer, (x, y), data, 0, 17, between)
+    else:
+        noise.measure(model, optimizer, (x, y), data, 0, 17, between)
+    assert len(calls) == (3 if fails else 4) and same(before, snapshot(model, optimizer))
+
+
+def test_batchnorm_s_statistics_are_a_batch_s_own_and_stay_out_of_it():
+    """In training mode, running statistics have no say: garbage in them changes no gradient."""
+    data = make_data(60)
+    torch.manual_seed(0)
+    model = Tiny(10)
+    a = noise.full_gradient(model, data.full_pass(0, 20), 60)
+    model.bn.running_mean.fill_(1e3)
+    b = noise.full_gradient(model, data.full_pass(0, 20), 60)
+    assert all(map(torch.equal, a, b)) and (model.bn.running_mean == 1e3).all()
+
+
+def test_on_digits_in_one_chunk_sgd_has_no_noise_and_shb_has_its_momentum_alone():
+    from pathlib import Path
+
+    import data as datasets
+
+    data = datasets.load("digits", Path("unused"), torch.device("cpu"), 0)
+    torch.manual_seed(0)
+    model = models.build("ResNet20", 10)
+    sgd = OPTIMIZERS["sgd"](model.parameters(), 0.1)
+    batch = next(data.epoch(0, 1437))
+    numbers, _ = noise.measure(model, sgd, batch, data, 0, 1437)
+    assert numbers["noise_norm"] < 1e-3 * numbers["full_gradient_norm"] and numbers["cosine"] > 1 - 1e-6
+    shb = OPTIMIZERS["shb"](model.parameters(), 0.1, momentum=0.9)
+    model.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    shb.step()
+    momentum = torch.cat([0.9 * shb.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
+    numbers, omega = noise.measure(model, shb, next(data.epoch(1, 1437)), data, 1, 1437)
+    assert (omega - momentum).norm() < 1e-3 * momentum.norm()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_statistics_equal_scipy_s(seed):
+    rng = np.random.default_rng(seed)
+    omega = (rng.gamma(2, 1, 10_001) * 1e-3).astype(np.float32)
+    ours = noise.statistics(omega)
+    x = omega.astype(np.float64)
+    assert ours["skewness"] == pytest.approx(stats.skew(x)) and ours["excess_kurtosis"] == pytest.approx(
+        stats.kurtosis(x)
+    )
+    assert (ours["mean"], ours["std"]) == pytest.approx((x.mean(), x.std()))
+    assert (ours["min"], ours["max"], ours["entries"]) == (x.min(), x.max(), 10_001)
+
+
+def test_statistics_of_a_constant():
+    ours = noise.statistics(np.zeros(5, np.float32))
+    assert ours["std"] == 0 and np.isnan(ours["skewness"]) and np.isnan(ours["excess_kurtosis"])

@@ -1,0 +1,182 @@
+import copy
+
+import pytest
+import torch
+
+from shb import NSHB, OPTIMIZERS, SGD, SHB
+
+SHAPES = [(3,), (4, 5), (2, 3, 3, 3), ()]
+
+
+def params(seed, shapes=SHAPES, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=g, dtype=dtype)) for s in shapes]
+
+
+def gradients(x, t):
+    """A smooth function's gradient plus noise that depends on t alone."""
+    g = torch.Generator().manual_seed(t)
+    return [torch.sin(p.detach()) + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for p in x]
+
+
+def slow_direction(name, m, g, beta):
+    """The formula of the paper's table, one tensor at a time."""
+    return {"sgd": g, "shb": beta * m + g, "nshb": beta * m + (1 - beta) * g}[name]
+
+
+def make(name, x, lr=0.03, beta=0.9):
+    return OPTIMIZERS[name](x, lr=lr, **({} if name == "sgd" else {"momentum": beta}))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_follows_the_formula_for_1000_steps(name, beta, seed):
+    x, twin = params(seed), [p.detach().clone() for p in params(seed)]
+    m = [torch.zeros_like(p) for p in twin]
+    optimizer = make(name, x, beta=beta)
+    for t in range(1000):
+        for p, g in zip(x, gradients(x, t), strict=True):
+            p.grad = g
+        for i, g in enumerate(gradients(twin, t)):
+            m[i] = slow_direction(name, m[i], g, beta)
+            twin[i] = twin[i] - 0.03 * m[i]
+        optimizer.step()
+    for p, q in zip(x, twin, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_torch_sgd_for_1000_steps(name, beta):
+    lr = 0.05
+    x, twin = params(3), params(3)
+    optimizer = make(name, x, lr, beta)
+    torch_lr, torch_beta = {"sgd": (lr, 0), "shb": (lr, beta), "nshb": (lr * (1 - beta), beta)}[name]
+    reference = torch.optim.SGD(twin, lr=torch_lr, momentum=torch_beta)
+    for t in range(1000):
+        for a in (x, twin):
+            for p, g in zip(a, gradients(a, t), strict=True):
+                p.grad = g
+        optimizer.step()
+        reference.step()
+    for p, q in zip(x, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
+
+
+def test_nshb_is_not_torch_dampening():
+    x, twin = params(3), params(3)
+    optimizer, reference = NSHB(x, lr=0.1, momentum=0.9), torch.optim.SGD(twin, lr=0.1, momentum=0.9, dampening=0.9)
+    for a in (x, twin):
+        for p, g in zip(a, gradients(a, 0), strict=True):
+            p.grad = g
+    optimizer.step()
+    reference.step()
+    assert not torch.allclose(x[1], twin[1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_missing_gradients_and_an_empty_group(name):
+    x = params(1)
+    optimizer = make(name, [{"params": x[:2]}, {"params": x[2:], "lr": 0.2}, {"params": []}], lr=0.01)
+    before = [p.detach().clone() for p in x]
+    grads = gradients(x, 0)
+    x[0].grad, x[2].grad, x[3].grad = grads[0], grads[2], grads[3]  # x[1] has none
+    optimizer.step()
+    weight = 0.1 if name == "nshb" else 1.0
+    for i, lr in ((0, 0.01), (2, 0.2), (3, 0.2)):
+        torch.testing.assert_close(x[i].detach(), before[i] - lr * weight * grads[i])
+    assert torch.equal(x[1], before[1]) and x[1] not in optimizer.state
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_direction_is_what_step_subtracts_and_changes_nothing(name, steps):
+    x = params(2)
+    optimizer = make(name, x, lr=1.0, beta=0.8)
+    for t in range(steps + 1):
+        for p, g in zip(x, gradients(x, t), strict=True):
+            p.grad = g
+        if t < steps:
+            optimizer.step()
+    x[1].grad = None
+    grads = [None if p.grad is None else p.grad.clone() for p in x]
+    state, before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in x]
+    d = optimizer.direction()
+    assert [t.shape for t in d] == [p.shape for p in x] and not d[1].any()
+    assert str(optimizer.state_dict()) == str(state)
+    for tensor in d:
+        tensor.add_(0)  # its own memory, not the gradient's or the buffer's
+    for p, q, g in zip(x, before, grads, strict=True):
+        assert torch.equal(p, q) and (p.grad is None if g is None else torch.equal(p.grad, g))
+    assert d[0].data_ptr() != x[0].grad.data_ptr()
+    optimizer.step()
+    for p, q, step in zip(x, before, d, strict=True):
+        assert torch.equal(p.detach(), q - step)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_leaves_grad_alone_and_returns_the_closure_s_loss(name):
+    x = params(4)
+    optimizer = make(name, x)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in x)
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    again = make(name, params(4))
+    assert loss.item() == pytest.approx(sum((p**2).sum().item() for p in again.param_groups[0]["params"]))
+    kept = [p.grad.clone() for p in x]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(x, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_dict_in_mid_run_goes_on_bit_for_bit(name, tmp_path):
+    x = params(5, dtype=torch.float32)
+    optimizer = make(name, x)
+
+    def train(x, optimizer, steps):
+        for t in steps:
+            for p, g in zip(x, gradients(x, t), strict=True):
+                p.grad = g
+            optimizer.step()
+
+    train(x, optimizer, range(20))
+    torch.save({"x": [p.detach() for p in x], "o": optimizer.state_dict()}, tmp_path / "s.pt")
+    train(x, optimizer, range(20, 40))
+    saved = torch.load(tmp_path / "s.pt", weights_only=True)
+    y = [torch.nn.Parameter(p) for p in saved["x"]]
+    resumed = make(name, y, lr=1.0, beta=0.1)  # the state_dict brings lr and momentum too
+    resumed.load_state_dict(saved["o"])
+    train(y, resumed, range(20, 40))
+    assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("cls", [SGD, SHB, NSHB])
+def test_refuses_a_bad_lr(cls, value):
+    with pytest.raises(ValueError, match="lr"):
+        cls(params(0), lr=value)
+    with pytest.raises(ValueError, match="lr"):
+        cls([{"params": params(0), "lr": value}], lr=0.1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("cls", [SHB, NSHB])
+def test_refuses_a_bad_momentum(cls, value):
+    with pytest.raises(ValueError, match="momentum"):
+        cls(params(0), momentum=value)
+
+
+def test_lr_zero_is_allowed_and_moves_nothing():
+    x = params(0)
+    before = [p.detach().clone() for p in x]
+    for p, g in zip(x, gradients(x, 0), strict=True):
+        p.grad = g
+    SHB(x, lr=0.0).step()
+    assert all(torch.equal(p, q) for p, q in zip(x, before, strict=True))
