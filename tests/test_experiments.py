@@ -1,0 +1,328 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Tiny, make_data, summary
+
+import arguments
+import data as datasets
+import main
+import models
+import training
+from shb import OPTIMIZERS
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models._MODELS, "ResNet20", Tiny)
+
+
+def start(*argv, data=None):
+    """A Training without a record."""
+    args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", *map(str, argv)])
+    return training.Training(
+        args, data or datasets.load("digits", Path("unused"), torch.device("cpu"), args.seed), None, None
+    )
+
+
+def run(tmp_path, *argv):
+    """A whole run in this process: its exit status and directory."""
+    args = arguments.parse(
+        ["--dataset", "digits", "--model", "ResNet20", "--runs_dir", str(tmp_path), *map(str, argv)]
+    )
+    return main.main(args), tmp_path / args.name
+
+
+def rows(directory):
+    with open(directory / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def slow_training(args, data, steps):
+    """The textbook loop: loss, gradient norm (float64), hits of every step; the model at the end."""
+    torch.manual_seed(args.seed)
+    model = Tiny(data.spec.classes)
+    options = {"sgd": {}, "shb": {"momentum": args.beta1}, "nshb": {"momentum": args.beta1}}[args.optimizer]
+    lr = args.lr * (1 - args.beta1 if args.optimizer == "nshb" else 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
+    seen, epoch = [], 0
+    while True:
+        for x, y in data.epoch(epoch, args.batchsize):
+            if len(seen) == steps:
+                return seen, model
+            optimizer.zero_grad()
+            out = model(x)
+            loss = F.cross_entropy(out, y)
+            loss.backward()
+            norm = sum((p.grad.double() ** 2).sum().item() for p in model.parameters()) ** 0.5
+            seen.append((loss.item(), norm, (out.argmax(1) == y).sum().item(), len(y)))
+            optimizer.step()
+        epoch += 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("batchsize", [100, 479, 1437])
+def test_training_is_the_textbook_loop(optimizer, batchsize):
+    run = start("--optimizer", optimizer, "--batchsize", batchsize, "--lr", 0.05)
+    run.last = 33
+    windows = list(run.windows())
+    seen, model = slow_training(run.args, run.data, 33)
+    losses, norms, hits, sizes = np.array(seen).T
+    got = {k: np.concatenate([getattr(w, k) for w in windows]) for k in ("steps", "losses", "norms", "hits", "sizes")}
+    assert got["steps"].tolist() == list(range(1, 34))
+    np.testing.assert_allclose(got["losses"], losses, rtol=1e-4)
+    np.testing.assert_allclose(got["norms"], norms, rtol=1e-4)
+    assert np.array_equal(got["sizes"], sizes) and np.abs(got["hits"] - hits).max() <= 1
+    for p, q in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_the_device_is_read_every_window_and_at_the_end_of_an_epoch(monkeypatch):
+    run = start("--batchsize", 4)  # 360 steps an epoch
+    run.last = 1000
+    ends = [int(w.steps[-1]) for w in run.windows()]
+    assert ends == [200, 360, 400, 600, 720, 800, 1000]
+
+
+def test_nshb_at_lr_over_one_minus_beta_is_shb_at_lr():
+    losses = {}
+    for name, lr in (("shb", 0.02), ("nshb", 0.2)):
+        run = start("--optimizer", name, "--lr", lr, "--batchsize", 128)
+        run.last = 100
+        losses[name] = np.concatenate([w.losses for w in run.windows()])
+    np.testing.assert_allclose(losses["shb"], losses["nshb"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("eps", [["2.5"], ["2.2", "3.0", "2.5"]])
+@pytest.mark.parametrize("min_epochs", [0, 1, 3])
+@pytest.mark.parametrize(("seed", "batchsize"), [(0, 128), (1, 7)])
+def test_the_first_crossing_is_exact(tmp_path, eps, min_epochs, seed, batchsize):
+    argv = ("--mode", "critical", "--batchsize", batchsize, "--seed", seed, "--min_epochs", min_epochs, "--lr", 0.02)
+    status, directory = run(tmp_path, *argv, "--eps", *eps, "--max_steps", 1500)
+    s = summary(directory)
+    norms = np.fromfile(directory / "gradient_norms.f32", "<f4")
+    # The twin: a growing list, as the paper defines it, on the norms of the textbook loop.
+    seen, _ = slow_training(
+        arguments.parse([*map(str, argv), "--dataset", "digits"]),
+        datasets.load("digits", Path("x"), torch.device("cpu"), seed),
+        len(norms),
+    )
+    np.testing.assert_allclose(norms[:50], np.array(seen)[:50, 1], rtol=1e-3)
+    guard, total, crossed = min_epochs * -(-1437 // batchsize), 0.0, {}
+    for t, norm in enumerate(norms.tolist(), start=1):
+        total += norm
+        for e in map(float, eps):
+            if t >= guard and total / t <= e:
+                crossed.setdefault(repr(e), t)
+    assert {k: v for k, v in s["results"]["steps_to_eps"].items() if v is not None} == crossed
+    assert list(s["results"]["steps_to_eps"]) == [repr(e) for e in sorted(map(float, eps), reverse=True)]
+    for key, steps in s["results"]["steps_to_eps"].items():
+        assert s["results"]["sfo"][key] == (None if steps is None else steps * batchsize)
+    complete = len(crossed) == len(eps)
+    assert s["status"] == ("finished" if complete else "not_reached") and status == 0
+    assert s["steps"] == len(norms) == (max(crossed.values()) if complete else 1500)
+    assert s["results"]["mean_gradient_norm"] == pytest.approx(total / len(norms), rel=1e-12)
+    assert s["results"]["max_gradient_norm"] == norms.max()
+    table = rows(directory)
+    assert int(table[-1]["steps"]) == s["steps"]
+    for row, before in zip(table, [{"steps": 0}, *table], strict=False):
+        part = norms[int(before["steps"]) : int(row["steps"])].astype(float)
+        assert float(row["min_g-norm"]) == part.min() and float(row["max_g-norm"]) == part.max()
+        assert float(row["g-norm"]) == pytest.approx(part.mean(), rel=1e-9)
+        assert float(row["ave-norm"]) == pytest.approx(norms[: int(row["steps"])].astype(float).mean(), rel=1e-9)
+
+
+def test_a_sum_of_millions_is_added_in_double_precision():
+    run = start("--mode", "critical")
+    run.sums |= {"norm": 5e6 * 0.1, "steps": 5_000_000}
+    window = training.Window(np.arange(5_000_001, 5_000_201), *(np.full(200, 0.1),) * 4)
+    exact = (5e5 + 0.1 * np.arange(1, 201)) / window.steps
+    np.testing.assert_allclose(run.running_sums(window) / window.steps, exact, rtol=1e-14)
+
+
+def test_normal_records_the_textbook_numbers_every_epoch(tmp_path):
+    status, directory = run(tmp_path, "--batchsize", 128, "--epochs", 3, "--lr", 0.02)
+    args = arguments.parse(["--batchsize", "128", "--lr", "0.02", "--dataset", "digits"])
+    data = datasets.load("digits", Path("x"), torch.device("cpu"), 0)
+    table = rows(directory)
+    assert status == 0 and [int(r["steps"]) for r in table] == [12, 24, 36]
+    for i, row in enumerate(table):
+        seen, model = slow_training(args, data, 12 * (i + 1))
+        loss, norm, hits, size = np.array(seen[-12:]).T
+        assert float(row["training_loss"]) == pytest.approx((loss * size).sum() / 1437, rel=1e-4)
+        assert float(row["training_acc"]) == pytest.approx(100 * hits.sum() / 1437, abs=0.15)
+        assert float(row["g-norm"]) == pytest.approx(norm.mean(), rel=1e-3)
+        assert float(row["max_g-norm"]) == pytest.approx(norm.max(), rel=1e-3)
+        model.eval()
+        out = model(data.normalize(data.x_test))
+        assert float(row["test_loss"]) == pytest.approx(F.cross_entropy(out, data.y_test).item(), rel=1e-3)
+        accuracy = 100 * (out.argmax(1) == data.y_test).double().mean().item()
+        assert float(row["accuracy"]) == pytest.approx(accuracy, abs=0.6)
+    results = summary(directory)["results"]
+    assert results["accuracy"] == float(table[-1]["accuracy"])
+    assert results["best_accuracy"] == max(float(r["accuracy"]) for r in table)
+    assert summary(directory)["epochs"] == 3
+
+
+@pytest.mark.parametrize("mode", ["normal", "critical", "sampling"])
+def test_max_steps_ends_any_mode(tmp_path, mode):
+    status, directory = run(tmp_path, "--mode", mode, "--batchsize", 128, "--max_steps", 17)
+    s = summary(directory)
+    assert status == 0 and s["steps"] == 17 and s["epochs"] == pytest.approx(17 / 12)
+    assert s["status"] == ("not_reached" if mode == "critical" else "finished")
+    assert int(rows(directory)[-1]["steps"]) == 17
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_goes_on_as_if_nothing_had_been_measured(optimizer):
+    """Bit for bit: weights, buffers, optimizer state, losses and norms, with a test and a measurement every step."""
+    from noise import measure
+
+    plain, measured = (start("--optimizer", optimizer, "--batchsize", 128, data=make_data(700)) for _ in range(2))
+    plain.last = measured.last = 12
+    assert plain.steps_per_epoch == 6
+    for run, measuring in ((plain, False), (measured, True)):
+        step = run.eager_step
+
+        def observed(x, y, run=run, step=step, measuring=measuring):
+            if measuring:
+                measure(run.model, run.optimizer, (x, y), run.data, run.step, 333)
+                main.evaluate(run)
+            return step(x, y)
+
+        run.train_step = observed
+    a, b = (list(run.windows()) for run in (plain, measured))
+    for w, v in zip(a, b, strict=True):
+        assert np.array_equal(w.losses, v.losses) and np.array_equal(w.norms, v.norms)
+    for p, q in zip(plain.model.state_dict().values(), measured.model.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    for p, q in zip(plain.optimizer.state.values(), measured.optimizer.state.values(), strict=True):
+        assert torch.equal(p["momentum_buffer"], q["momentum_buffer"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 15])
+def test_sampling_measures_at_the_step_it_says(tmp_path, optimizer, steps):
+    argv = ("--mode", "sampling", "--optimizer", optimizer, "--batchsize", 128, "--steps", steps)
+    status, directory = run(tmp_path, *argv)
+    results, omega = summary(directory)["results"], np.load(directory / "omega.npy", allow_pickle=False)
+    # The twin: the textbook loop up to x_t, then one more batch without an update.
+    args = arguments.parse([*map(str, argv), "--dataset", "digits"])
+    data = datasets.load("digits", Path("x"), torch.device("cpu"), 0)
+    _, model = slow_training(args, data, steps)
+    x, y = next(data.epoch(*divmod(steps, 12)[:1], 128, steps % 12))
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))])
+    full = 0
+    for x, y in data.full_pass(steps, 1000):
+        loss = F.cross_entropy(model(x), y, reduction="sum") / 1437
+        full = full + torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(model.parameters()))])
+    assert status == 0 and omega.dtype == np.float32 and omega.shape == (g.numel(),)
+    assert results["gradient_norm"] == pytest.approx(g.norm().item(), rel=1e-3)
+    assert results["full_gradient_norm"] == pytest.approx(full.norm().item(), rel=1e-3)
+    assert results["gradient_noise_norm"] == pytest.approx((g - full).norm().item(), rel=1e-3)
+    assert results["noise_norm"] == pytest.approx(np.linalg.norm(omega.astype(float)), rel=1e-9)
+    assert results["delta"] == pytest.approx(0.1 * results["noise_norm"])
+    if optimizer == "sgd":
+        assert results["noise_norm"] == results["gradient_noise_norm"]
+        np.testing.assert_allclose(omega, (g - full).numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("mode", ["normal", "critical", "sampling"])
+def test_divergence_is_an_ending_of_its_own(tmp_path, mode):
+    argv = ("--mode", mode, "--batchsize", 128, "--lr", 1e38, "--steps", 500, "--epochs", 50, "--optimizer", "sgd")
+    status, directory = run(tmp_path, *argv)
+    s = summary(directory)
+    assert (status, s["status"]) == (3, "diverged")
+    step = s["results"]["diverged_at_step"]
+    args = arguments.parse([*map(str, argv), "--dataset", "digits"])
+    seen, _ = slow_training(args, datasets.load("digits", Path("x"), torch.device("cpu"), 0), step)
+    finite = np.isfinite(np.array(seen)[:, :2].astype(np.float32)).all(1)
+    assert finite[:-1].all() and not finite[-1] and s["steps"] == step - 1
+    if mode == "critical":
+        assert np.isfinite(np.fromfile(directory / "gradient_norms.f32", "<f4")).all()
+        assert (directory / "gradient_norms.f32").stat().st_size == 4 * (step - 1)
+    assert not (directory / "omega.npy").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_a_divergence_even_if_the_loss_is(monkeypatch):
+    run = start("--batchsize", 128)
+    run.last, step = 40, run.eager_step
+
+    def broken(x, y):
+        out = step(x, y)
+        if run.step == 20:
+            out[1] = float("inf")
+        return out
+
+    run.train_step = broken
+    steps = [int(w.steps[-1]) for w in run.windows()]
+    assert run.diverged_at == 21 and steps == [12, 20]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    final = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _, directory = run(tmp_path, "--batchsize", 128, "--epochs", 2, "--seed", seed, "--name", name)
+        content = torch.load(directory / "checkpoint.pt", weights_only=True)
+        final[name] = torch.cat([t.flatten().double() for t in content["model"].values()])
+    assert torch.equal(final["a"], final["b"]) and not torch.equal(final["a"], final["c"])
+
+
+def test_bf16_differs_and_still_learns(tmp_path):
+    losses = {}
+    for precision in ("default", "ieee", "bf16"):
+        _, directory = run(
+            tmp_path, "--batchsize", 128, "--epochs", 3, "--lr", 0.02, "--precision", precision, "--name", precision
+        )
+        losses[precision] = summary(directory)["results"]["training_loss"]
+    assert losses["default"] == losses["ieee"] != losses["bf16"]  # on the CPU the default is IEEE float32
+    assert losses["bf16"] == pytest.approx(losses["ieee"], rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_graphed_and_eager_trajectories_agree(optimizer):
+    losses, states = [], []
+    for flags in ([], ["--compile"]):
+        args = arguments.parse(
+            [
+                "--dataset",
+                "digits",
+                "--model",
+                "ResNet20",
+                "--optimizer",
+                optimizer,
+                "--batchsize",
+                "100",
+                "--deterministic",
+                *flags,
+            ]
+        )
+        main.set_up(args)
+        data = datasets.load("digits", Path("unused"), torch.device("cuda:0"), 0)
+        run = training.Training(args, data, None, None)
+        run.last = 210
+        losses.append(np.concatenate([w.losses for w in run.windows()]))
+        states.append([v.cpu() for v in run.model.state_dict().values()])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    for p, q in zip(*states, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_step_waits_for_the_gpu():
+    args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", "--batchsize", "8"])
+    run = training.Training(args, datasets.load("digits", Path("unused"), torch.device("cuda:0"), 0), None, None)
+    run.last = 100
+    list(run.windows())
+    run.last, steps = 150, run.windows()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):  # the reading of the window, and nothing before it
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.step == 150
