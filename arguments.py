@@ -24,7 +24,8 @@ class UserError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(message)
+        unknown = message.startswith("unrecognized")
+        raise UserError(f"{message}; --help lists what is allowed" if unknown else message)
 
 
 def _number(kind: type, allowed: str, check):
@@ -125,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="between two checkpoints",
     )
     add("--print_name", action="store_true", help="print the run's state and directory, and do nothing else")
-    add("--wandb_entity", default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
-    add("--wandb_project", default="role_of_momentum", help="project to log to")
+    add("--wandb_entity", type=_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
+    add("--wandb_project", type=_name, default="role_of_momentum", help="project to log to")
     add(
         "--wandb_mode",
         choices=("online", "offline", "disabled"),
@@ -161,12 +162,51 @@ def _default_name(args: argparse.Namespace) -> str:
     )
 
 
-def run_state(directory: Path) -> str:
-    """`new`, `unfinished`, or the status a run ended with: `finished`, `not_reached`, `diverged`."""
-    summary = read_summary(directory)
+def run_state(args: argparse.Namespace) -> str:
+    """`new`, `unfinished`, or the status that the run `args` names has ended with. UserError as `ended_run`."""
+    summary = ended_run(args)
     if summary:
         return summary["status"]
-    return "unfinished" if directory.exists() else "new"
+    return "unfinished" if (args.runs_dir / args.name).exists() else "new"
+
+
+def ended_run(args: argparse.Namespace) -> dict | None:
+    """The summary of the run that `args` names, if it has ended and going on with `args` would add nothing.
+
+    Raises UserError if it was made with other arguments.
+    """
+    summary = read_summary(args.runs_dir / args.name)
+    if summary is None:
+        return None
+    refuse_other_arguments(summary["args"], args)
+    raised = summary["args"].get("max_steps") != args.max_steps or (
+        args.mode == "normal" and summary["args"].get("epochs") != args.epochs
+    )
+    final = summary["status"] == "diverged" or (summary["status"] == "finished" and args.mode != "normal")
+    return summary if final or not raised else None
+
+
+def refuse_other_arguments(before: dict, args: argparse.Namespace) -> None:
+    """Raise UserError, naming them, if arguments that make the result differ from those of a run begun before."""
+    now = plain(vars(args))
+    differ = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    if differ:
+        named = ", ".join(f"--{key} {now[key]} (was {before.get(key)})" for key in differ)
+        raise UserError(
+            f"argument --resume: {args.runs_dir / args.name} was begun with other arguments: {named}; "
+            "give the same, or another --name"
+        )
+
+
+def plain(value):
+    """`value` for JSON: paths become strings, numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_summary(directory: Path) -> dict | None:

@@ -191,7 +191,7 @@ def _cifar(name: str, data_dir: Path) -> dict[str, np.ndarray]:
 def _download(name: str, data_dir: Path, cache: Path) -> None:
     import torchvision
 
-    created = not data_dir.exists()
+    created = [p for p in (data_dir, *data_dir.parents) if not p.exists()]
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         directory = os.open(data_dir, os.O_RDONLY)
@@ -212,8 +212,9 @@ def _download(name: str, data_dir: Path, cache: Path) -> None:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:
-        if created and data_dir.is_dir() and not os.listdir(data_dir):
-            data_dir.rmdir()
+        for path in created:
+            if path.is_dir() and not os.listdir(path):
+                path.rmdir()
         raise UserError(
             f"argument --data_dir: {cache} is missing and could not be downloaded ({' '.join(str(error).split())}); "
             "put the file there, or name the directory that holds it, or try --dataset digits, which needs none"

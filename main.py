@@ -15,12 +15,12 @@ from arguments import EXIT_STATUS, UserError, parse, run_state
 if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
     try:
         ARGS = parse(sys.argv[1:])
+        if ARGS.print_name:
+            print(run_state(ARGS), ARGS.runs_dir / ARGS.name)
+            sys.exit(0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if ARGS.print_name:
-        print(run_state(ARGS.runs_dir / ARGS.name), ARGS.runs_dir / ARGS.name)
-        sys.exit(0)
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ def evaluate(run: Training) -> tuple[float, float]:
 def main(args: Namespace) -> int:
     """Set up, run one experiment, and leave its record. Returns the exit status."""
     record = Record(args)
-    summary = record.finished()
+    summary = record.check()
     if summary:
         print(f"{summary['status']} already, after {summary['steps']} steps: {record.directory}")
         return EXIT_STATUS[summary["status"]]
@@ -163,14 +163,19 @@ def main(args: Namespace) -> int:
     return EXIT_STATUS[status]
 
 
-if __name__ == "__main__":
+def run_and_report(args: Namespace) -> int:
+    """`main`, with what is not the program's own fault as one line on stderr. Returns the exit status."""
     try:
-        sys.exit(main(ARGS))
+        return main(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message, status = error, 2
     except (OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        message, status = error, 1
     except KeyboardInterrupt:
-        sys.exit(130)  # before the first step: nothing to keep
+        message, status = "interrupted before the first step", 130
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(ARGS))

@@ -4,7 +4,6 @@ import csv
 import fcntl
 import io
 import json
-import math
 import os
 import platform
 import random
@@ -16,14 +15,14 @@ import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from arguments import EXIT_STATUS, FREE_ON_RESUME, UserError, read_summary, run_state
+from arguments import EXIT_STATUS, UserError, ended_run, plain, read_summary, refuse_other_arguments
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 NORMS = "gradient_norms.f32"
@@ -124,28 +123,10 @@ def replacing(path: Path, keep: Path | None = None):
         temporary.unlink(missing_ok=True)
 
 
-def plain(value):
-    """`value` for JSON: paths become strings, numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write `content` as JSON, whole or not at all."""
     with replacing(path) as file:
         file.write(json.dumps(plain(content), indent=1, allow_nan=False).encode() + b"\n")
-
-
-def _contradictions(before: dict, args: Namespace) -> list[str]:
-    now = plain(vars(args))
-    return [
-        f"--{k} {now[k]} (was {before.get(k)})" for k in now if k not in FREE_ON_RESUME and before.get(k) != now[k]
-    ]
 
 
 # --- the record ---------------------------------------------------------------------------------------------
@@ -163,49 +144,45 @@ class Record:
         self.seconds, self._started = 0.0, time.monotonic()
         self.wandb, self.bar = None, None
 
-    def finished(self) -> dict | None:
-        """The summary of this run if it has ended and a resumption adds nothing. Changes nothing.
+    def check(self) -> dict | None:
+        """The summary of this run if it has ended and going on would add nothing. Writes nothing.
 
-        Raises UserError if the run exists and --resume is not given, another process owns it, or it was
-        made with other arguments.
+        Raises UserError if the run exists and --resume is not given, another process owns it, it was made with
+        other arguments, or its directory cannot be used.
         """
-        args = self.args
-        if (self.directory / ".lock").exists():
-            with open(self.directory / ".lock") as lock:
-                self._lock(lock)
-        elif self.directory.exists() and not (self.directory.is_dir() and os.access(self.directory, os.W_OK)):
-            raise UserError(f"argument --name: {self.directory} is not a directory that can be written to")
-        self._refuse_existing()
-        if not args.resume:
-            return None
-        summary = read_summary(self.directory)
-        if summary is None:
-            return None
-        self._refuse(_contradictions(summary["args"], args), "the finished run")
-        raised = summary["args"].get("max_steps") != args.max_steps or (
-            args.mode == "normal" and summary["args"].get("epochs") != args.epochs
-        )
-        ended = summary["status"] == "diverged" or (summary["status"] == "finished" and args.mode != "normal")
-        return summary if ended or not raised else None
+        lock = self.directory / ".lock"
+        with self._usable():
+            if lock.exists():
+                with open(lock) as file:
+                    self._lock(file)
+            self._refuse_existing()
+            return ended_run(self.args) if self.args.resume else None
 
     def claim(self, device: torch.device) -> None:
         """Make the directory this process's own, and write args.json. UserError if that cannot be."""
-        try:
+        with self._usable():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = open(self.directory / ".lock", "a")  # noqa: SIM115 (held until the process ends)
-        except OSError as error:
-            raise UserError(f"argument --runs_dir: {self.directory} cannot be written to ({error})") from error
-        self._lock(self._lock_file)
-        self._refuse_existing()  # a moment ago it did not exist, but another process may have come between
-        content = {"args": vars(self.args), "environment": environment(device)}
-        write_json(self.directory / "args.json", content)
+            self._lock(self._lock_file)
+            self._refuse_existing()  # a moment ago it did not exist, but another process may have come between
+            content = {"args": vars(self.args), "environment": environment(device)}
+            write_json(self.directory / "args.json", content)
         self.config = plain(content["args"] | {"environment": content["environment"]})
+
+    @contextmanager
+    def _usable(self):
+        try:
+            yield
+        except OSError as error:
+            message = f"argument --runs_dir: {self.directory} cannot be used ({error}); name a writable directory"
+            raise UserError(message) from error
 
     def _refuse_existing(self) -> None:
         if not self.args.resume and self.directory.exists() and set(os.listdir(self.directory)) - {".lock"}:
+            summary = read_summary(self.directory)
             raise UserError(
-                f"argument --name: {self.directory} exists already ({run_state(self.directory)}); "
-                "--resume goes on with it, another --name starts a new run"
+                f"argument --name: {self.directory} exists already ({summary['status'] if summary else 'unfinished'})"
+                "; --resume goes on with it, another --name starts a new run"
             )
 
     def _lock(self, file) -> None:
@@ -213,13 +190,6 @@ class Record:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"argument --name: {self.directory} belongs to another, running process") from error
-
-    def _refuse(self, contradictions: list[str], what: str) -> None:
-        if contradictions:
-            raise UserError(
-                f"argument --resume: {what} in {self.directory} has other arguments: {', '.join(contradictions)}; "
-                "give the same, or another --name"
-            )
 
     def begin(self, total: int | None, step: int) -> None:
         """Start logging at `step` of `total` (None: open): metrics.csv as far as it is known, wandb, progress."""
@@ -301,6 +271,8 @@ class Record:
             except Exception as error:
                 _warn(f"wandb failed ({_one_line(error)}); going on without it, the local record is complete")
                 self.wandb = None
+                with suppress(Exception):  # it says again at exit what has just been said
+                    sys.modules["wandb"].teardown()
 
     # --- checkpoints: the newest, and the one before, kept until the newest is whole ---
 
@@ -312,8 +284,15 @@ class Record:
             with open(norms, "rb") as file:
                 os.fsync(file.fileno())
         content = content | {"args": plain(vars(self.args)), "rows": self.rows, "seconds": self.elapsed()}
-        with replacing(newest, keep=previous) as file:
-            torch.save(content, file)
+        try:
+            with replacing(newest, keep=previous) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk behind its own error
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            message = f"no checkpoint could be written ({cause}); the last good one is kept, --resume goes on from it"
+            raise OSError(message) from error
 
     def load_checkpoint(self) -> dict | None:
         """The newest good checkpoint, on the CPU; None if there is none at all.
@@ -330,7 +309,7 @@ class Record:
                     reasons.append(f"{path} is damaged ({_one_line(error)})")
                     _warn(reasons[-1])
                     continue
-                self._refuse(_contradictions(content["args"], self.args), "the checkpoint")
+                refuse_other_arguments(content["args"], self.args)
                 self.rows, self.seconds = content["rows"], content["seconds"]
                 return content
         if reasons:

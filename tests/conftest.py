@@ -27,12 +27,11 @@ class Tiny(nn.Module):
         return self.linear(torch.relu(self.bn(self.conv(x))).flatten(1))
 
 
-def run_main(*argv, cwd, env=None, timeout=300):
-    """main.py as a real command, without a terminal."""
+def run_main(*argv, cwd, env=None, timeout=120):
+    """main.py as a real command, without a terminal. env: what to change; None takes a variable away."""
     command = [sys.executable, str(ROOT / "main.py"), *map(str, argv)]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    env = {k: v for k, v in (os.environ | (env or {})).items() if v is not None}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def summary(directory):

@@ -1,0 +1,119 @@
+"""Runs main.py's experiments in a process forked from one that has torch loaded, and sabotages them there."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import sklearn.datasets
+import torch
+from conftest import Tiny
+
+import arguments
+import main
+import models
+import utils
+
+torch.set_num_threads(1)
+_replace, _save, _after = os.replace, torch.save, {"n": 0}
+
+
+def _kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_write(content, file):
+    """SIGKILL with half a checkpoint written, the third time."""
+    _save(content, file)
+    _after["n"] += 1
+    if _after["n"] == 3:
+        file.flush()
+        os.truncate(file.fileno(), file.tell() // 2)
+        _kill()
+
+
+def die_between_renames(source, target):
+    """SIGKILL when the newest checkpoint has become the one before and the new one is not in place."""
+    _replace(source, target)
+    if Path(target).name == utils.CHECKPOINTS[1]:
+        _kill()
+
+
+def die_after_rename(source, target):
+    """SIGKILL right after a checkpoint is in place, the third time."""
+    _replace(source, target)
+    _after["n"] += Path(target).name == utils.CHECKPOINTS[0]
+    if _after["n"] == 3:
+        _kill()
+
+
+def slow_write(content, file):
+    """A checkpoint that takes a minute."""
+    print("writing", flush=True)
+    time.sleep(60)
+
+
+class Signalling(utils.Signals):
+    """A SIGTERM at the n-th check: between two steps, two batches of the test, or two chunks of ∇f."""
+
+    at = 0
+
+    def check(self):
+        _after["n"] += 1
+        if _after["n"] == Signalling.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        super().check()
+
+
+def _run(argv, directory, sabotage):
+    os.chdir(directory)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    models._MODELS["ResNet20"] = Tiny
+    kind, _, value = sabotage.partition("=")
+    if kind in ("die_in_write", "slow_write"):
+        torch.save = globals()[kind]
+    elif kind.startswith("die"):
+        os.replace = globals()[kind]
+    elif kind == "signal_at":
+        Signalling.at, main.Signals = int(value), Signalling
+    elif kind == "file_limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))
+    elif kind == "nobody":
+        sklearn.datasets.load_digits()  # what it imports may not be readable to nobody
+        os.setgid(65534)
+        os.setuid(65534)
+    try:
+        args = arguments.parse(argv)
+    except arguments.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main.run_and_report(args))
+
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__])
+
+
+def start(argv, directory, sabotage=""):
+    """A process running main.py with `argv` in `directory`, its output appended to the file `log` there."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    process = context.Process(target=_run, args=([str(a) for a in argv], str(directory), sabotage))
+    process.start()
+    return process
+
+
+def run(argv, directory, sabotage=""):
+    """`start` to the end; the exit status (negative: the signal) and what it printed."""
+    log = Path(directory) / "log"
+    before = log.stat().st_size if log.exists() else 0
+    process = start(argv, directory, sabotage)
+    process.join(120)
+    assert process.exitcode is not None, "still running after 120 s"
+    return process.exitcode, log.read_bytes()[before:].decode()

@@ -1,0 +1,169 @@
+"""Every flag and file given badly, as a real command: exit status 2, one `error:` line, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_main
+
+ROWS = [  # arguments; what the line must name: the argument, what was given, what is allowed
+    (["--mode", "train"], "--mode", "'train'", "critical"),
+    (["--mode", ""], "--mode", "''", "critical"),
+    (["--mode"], "--mode", "expected one argument", ""),
+    (["--dataset", "MNIST"], "--dataset", "'MNIST'", "digits"),
+    (["--dataset", "cifar100"], "--dataset", "'cifar100'", "CIFAR100"),
+    (["--model", "ResNet50"], "--model", "'ResNet50'", "ResNet18"),
+    (["--optimizer", "adam"], "--optimizer", "'adam'", "nshb"),
+    (["--epochs", "0"], "--epochs", "'0'", "at least 1"),
+    (["--epochs", "-3"], "--epochs", "'-3'", "at least 1"),
+    (["--epochs", "1.5"], "--epochs", "'1.5'", "whole number"),
+    (["--epochs", "many"], "--epochs", "'many'", "whole number"),
+    (["--epochs", "1e30"], "--epochs", "'1e30'", "whole number"),
+    (["--lr", "0"], "--lr", "'0'", "above 0"),
+    (["--lr", "-0.1"], "--lr", "'-0.1'", "above 0"),
+    (["--lr", "nan"], "--lr", "'nan'", "finite"),
+    (["--lr", "inf"], "--lr", "'inf'", "finite"),
+    (["--lr=-inf"], "--lr", "'-inf'", "finite"),
+    (["--lr", "fast"], "--lr", "'fast'", "number"),
+    (["--lr", ""], "--lr", "''", "number"),
+    (["--batchsize", "0"], "--batchsize", "'0'", "at least 1"),
+    (["--batchsize", "-8"], "--batchsize", "'-8'", "at least 1"),
+    (["--batchsize", "8.0"], "--batchsize", "'8.0'", "whole number"),
+    (["--batchsize", "nan"], "--batchsize", "'nan'", "whole number"),
+    (["--batchsize", "1438"], "--batchsize", "1438", "at most the 1437"),
+    (["--dataset", "CIFAR100", "--batchsize", "50001"], "--batchsize", "50001", "at most the 50000"),
+    (["--beta1", "1"], "--beta1", "'1'", "not including, 1"),
+    (["--beta1", "-0.1"], "--beta1", "'-0.1'", "from 0"),
+    (["--beta1", "nan"], "--beta1", "'nan'", "from 0"),
+    (["--beta1", "0,9"], "--beta1", "'0,9'", "from 0"),
+    (["--eps", "0"], "--eps", "'0'", "above 0"),
+    (["--eps", "0.5", "-1"], "--eps", "'-1'", "above 0"),
+    (["--eps", "0.5", "nan"], "--eps", "'nan'", "finite"),
+    (["--eps"], "--eps", "expected at least one argument", ""),
+    (["--min_epochs", "-1"], "--min_epochs", "'-1'", "at least 0"),
+    (["--min-epochs", "x"], "--min_epochs", "'x'", "whole number"),
+    (["--steps", "-1"], "--steps", "'-1'", "at least 0"),
+    (["--steps", "nan"], "--steps", "'nan'", "whole number"),
+    (["--full_grad_batchsize", "0"], "--full_grad_batchsize", "'0'", "at least 1"),
+    (["--mode", "sampling", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
+    (["--max_steps", "0"], "--max_steps", "'0'", "at least 1"),
+    (["--max_steps", "ten"], "--max_steps", "'ten'", "whole number"),
+    (["--seed", "-1"], "--seed", "'-1'", "0 to 2^63"),
+    (["--seed", "99999999999999999999"], "--seed", "'99999999999999999999'", "0 to 2^63"),
+    (["--seed", "0.5"], "--seed", "'0.5'", "whole number"),
+    (["--device", "gpu"], "--device", "'gpu'", "cuda"),
+    (["--device", "cuda:x"], "--device", "'cuda:x'", "cuda:0"),
+    (["--precision", "fp16"], "--precision", "'fp16'", "bf16"),
+    (["--compile", "yes"], "unrecognized arguments", "yes", "--help"),
+    (["--deterministic=1"], "--deterministic", "'1'", "ignored explicit argument"),
+    (["--data_dir", ""], "--data_dir", "''", "directory"),
+    (["--runs_dir", ""], "--runs_dir", "''", "directory"),
+    (["--checkpoint_every", "-1"], "--checkpoint_every", "'-1'", "at least 0"),
+    (["--checkpoint_every", "nan"], "--checkpoint_every", "'nan'", "finite"),
+    (["--name", "../../x"], "--name", "'../../x'", "A-Z"),
+    (["--name", "/tmp/x"], "--name", "'/tmp/x'", "A-Z"),
+    (["--name", "a/b"], "--name", "'a/b'", "A-Z"),
+    (["--name", "a\\b"], "--name", "b'", "A-Z"),
+    (["--name", ".."], "--name", "'..'", "A-Z"),
+    (["--name", ".hidden"], "--name", "'.hidden'", "A-Z"),
+    (["--name", ""], "--name", "''", "A-Z"),
+    (["--name", "a\nb"], "--name", "'a\\nb'", "A-Z"),
+    (["--name", "a\x1b[31m"], "--name", "x1b", "A-Z"),
+    (["--name", "x" * 300], "--name", "'xxxxx", "128"),
+    (["--name", "ünï"], "--name", "'ünï'", "A-Z"),
+    (["--wandb_mode", "on"], "--wandb_mode", "'on'", "offline"),
+    (["--wandb_entity", ""], "--wandb_entity", "''", "A-Z"),
+    (["--wandb_project", "a/b"], "--wandb_project", "'a/b'", "up to 128"),
+    (["--batch", "8"], "unrecognized arguments", "--batch 8", "--help"),
+    (["digits"], "unrecognized arguments", "digits", "--help"),
+]
+
+
+def check(done, cwd, *parts):
+    assert done.returncode == 2, done
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and done.stdout == "", done
+    for part in parts:
+        assert part in lines[0], lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(("argv", "argument", "given", "allowed"), ROWS, ids=lambda v: None)
+def test_bad_arguments(argv, argument, given, allowed, tmp_path):
+    done = run_main(*(["--dataset", "digits"] if "--dataset" not in argv else []), *argv, cwd=tmp_path)
+    check(done, tmp_path, argument, given, allowed)
+    assert list(tmp_path.iterdir()) == []
+
+
+QUICK = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "1437", "--max_steps", "1"]
+
+
+def test_what_only_the_machine_can_tell(tmp_path):
+    """A device that is not there, no network, a graph without CUDA, a directory that cannot be."""
+    (tmp_path / "file").write_text("in the way")
+    for argv, parts in (
+        (["--device", "cuda:97"], ["--device", "'cuda:97'", "this machine has", "cpu"]),
+        (["--device", "cpu", "--compile"], ["--compile", "cpu"]),
+        (["--runs_dir", "file"], ["--runs_dir", "file"]),
+        (["--runs_dir", "/proc/nowhere"], ["--runs_dir", "/proc/nowhere"]),
+        (["--runs_dir", ".", "--name", "file"], ["file"]),
+        (["--dataset", "CIFAR10", "--data_dir", "new/data"], ["--data_dir", "CIFAR10.npz", "digits"]),
+        (["--dataset", "CIFAR10", "--data_dir", "file"], ["--data_dir", "file"]),
+    ):
+        # Where there is a network, the download must fail all the same.
+        env = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+        check(run_main(*QUICK, *argv, cwd=tmp_path, env=env), tmp_path, *parts)
+        assert [p.name for p in tmp_path.rglob("*")] == ["file"], argv
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"cposix\nsystem\n(S'touch pwned'\ntR."])
+def test_a_damaged_data_cache(content, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "CIFAR100.npz").write_bytes(content)
+    done = run_main("--model", "ResNet20", "--max_steps", "1", cwd=tmp_path)
+    check(done, tmp_path, "--data_dir", "CIFAR100.npz", "delete it")
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_pickle_in_the_data_cache_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "pwned",)
+
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "CIFAR100.npz", x_train=np.array([Evil()], dtype=object))
+    check(run_main("--max_steps", "1", cwd=tmp_path), tmp_path, "--data_dir", "delete it")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_run_that_exists_is_not_touched(tmp_path):
+    argv = [*QUICK, "--name", "x"]
+    assert run_main(*argv, cwd=tmp_path).returncode == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    check(run_main(*argv, cwd=tmp_path), tmp_path, "--name", "exists already (finished)", "--resume")
+    line = check(run_main(*argv, "--resume", "--lr", "0.2", "--beta1", "0.5", cwd=tmp_path), tmp_path, "--resume")
+    assert "--lr 0.2 (was 0.1)" in line and "--beta1 0.5 (was 0.9)" in line and "--seed" not in line
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    done = run_main(*argv, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "finished already" in done.stdout
+    shutil.rmtree(tmp_path / "runs" / "x")
+    (tmp_path / "runs" / "x").mkdir()
+    (tmp_path / "runs" / "x" / "notes.txt").write_text("somebody's")
+    check(run_main(*argv, cwd=tmp_path), tmp_path, "exists already (unfinished)")
+
+
+def test_names_of_flags_take_either_dash(tmp_path):
+    for flag in ("--runs-dir", "--runs_dir"):
+        done = run_main("--print-name", flag, "a-b_c", "--wandb_project=x", cwd=tmp_path)
+        assert done.stdout == "new a-b_c/normal-CIFAR100-ResNet18-shb-b8-lr0.1-beta0.9-seed0\n"
+    done = run_main("--print_name", "--optimizer=sgd", "--mode=critical", cwd=tmp_path)
+    assert done.stdout == "new runs/critical-CIFAR100-ResNet18-sgd-b8-lr0.1-seed0\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_flag(tmp_path):
+    done = run_main("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for flag in ["mode", "dataset", "model", "optimizer", "lr", "batchsize", "beta1", "eps", "seed", "resume"]:
+        assert f"--{flag}" in done.stdout

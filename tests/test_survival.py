@@ -1,0 +1,320 @@
+"""A run that is killed, stopped, damaged or crowded out ends with the numbers of one that was left alone."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import child
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_main, summary
+
+BASE = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 64, "--lr", 0.02, "--name", "r"]
+MODES = {  # 23 steps an epoch
+    "normal": ["--mode", "normal", "--epochs", 14],
+    "critical": ["--mode", "critical", "--eps", 0.9, 0.6, 0.01, "--min_epochs", 2, "--max_steps", 430],
+    "sampling": ["--mode", "sampling", "--steps", 310, "--full_grad_batchsize", 100],
+}
+
+
+def outcome(directory, final=True):
+    """Everything a run leaves that must not depend on how often it was interrupted."""
+    found = {}
+    with open(directory / "metrics.csv", newline="") as file:
+        found["metrics"] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    for name in ("gradient_norms.f32", "omega.npy"):
+        if (directory / name).exists():
+            found[name] = (directory / name).read_bytes()
+    s = summary(directory)
+    del s["seconds"], s["args"]["checkpoint_every"], s["args"]["resume"]
+    found["summary"] = s
+    content = torch.load(directory / "checkpoint.pt", weights_only=True)
+    del content["seconds"], content["rows"], content["args"]
+    found["checkpoint"] = [(k, bits(v)) for k, v in sorted(content.items())]
+    return found
+
+
+def bits(value):
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return [(str(k), bits(v)) for k, v in value.items()]
+    return [bits(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The outcome of each mode when nothing happens."""
+    outcomes = {}
+    for mode, argv in MODES.items():
+        directory = tmp_path_factory.mktemp(mode)
+        status, log = child.run([*BASE, *argv], directory)
+        assert status == 0, log
+        outcomes[mode] = outcome(directory / "runs" / "r")
+    return outcomes
+
+
+def half_done(directory, mode, *more, at=150):
+    """A run stopped by SIGTERM at its `at`-th check."""
+    status, log = child.run([*BASE, *MODES[mode], *more], directory, f"signal_at={at}")
+    assert status == 143, log
+    return directory / "runs" / "r"
+
+
+KILLS = []
+
+
+@pytest.mark.parametrize("interval", [0, 0.01, 0.1])
+@pytest.mark.parametrize("mode", MODES)
+def test_sigkill_at_random_moments(mode, interval, reference, tmp_path):
+    rng = random.Random(f"{mode}{interval}")
+    argv = [*BASE, *MODES[mode], "--resume", "--checkpoint_every", interval]
+    for _ in range(4):
+        process = child.start(argv, tmp_path)
+        deadline = time.monotonic() + 60
+        seen = (tmp_path / "log").read_text().count("resumed") if (tmp_path / "log").exists() else 0
+        while not (tmp_path / "runs" / "r" / "metrics.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)  # a kill before the first step would test nothing
+        if seen:
+            while (tmp_path / "log").read_text().count("resumed") == seen and process.is_alive():
+                time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            KILLS.append((tmp_path / "runs" / "r" / ".checkpoint.pt.tmp").exists())
+        else:
+            process.join()
+    status, log = child.run(argv, tmp_path)
+    assert status == 0, log
+    assert outcome(tmp_path / "runs" / "r") == reference[mode]
+
+
+def test_the_kills_landed():
+    assert len(KILLS) >= 20 and any(KILLS) and not all(KILLS)  # some in a checkpoint's write, some elsewhere
+
+
+@pytest.mark.parametrize("moment", ["die_in_write", "die_between_renames", "die_after_rename"])
+@pytest.mark.parametrize("mode", MODES)
+def test_sigkill_at_the_worst_moments(mode, moment, reference, tmp_path):
+    argv = [*BASE, *MODES[mode], "--resume", "--checkpoint_every", 0]
+    status, log = child.run(argv, tmp_path, moment)
+    assert status == -signal.SIGKILL, log
+    status, log = child.run([*argv[:-1], 300], tmp_path)
+    assert status == 0 and "resumed at step" in log and "warning" not in log, log
+    assert outcome(tmp_path / "runs" / "r") == reference[mode]
+
+
+@pytest.mark.parametrize("at", [1, 23, 24, 47, 200, 230, 313, 320])
+@pytest.mark.parametrize("mode", MODES)
+def test_sigterm_between_any_two_steps_or_chunks(mode, at, reference, tmp_path):
+    """At 24 the test of the first epoch is on; in sampling, beyond 310, the full gradient is."""
+    status, log = child.run([*BASE, *MODES[mode]], tmp_path, f"signal_at={at}")
+    assert status == 143 and "--resume goes on" in log and "error" not in log, log
+    assert not (tmp_path / "runs" / "r" / "summary.json").exists()
+    status, log = child.run([*BASE, *MODES[mode], "--resume"], tmp_path)
+    assert status == 0, log
+    assert outcome(tmp_path / "runs" / "r") == reference[mode]
+
+
+def wait_for(path, text, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert process.is_alive() and time.monotonic() < deadline, path.read_text() if path.exists() else path
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_signal_stops_with_a_checkpoint(signum, expected, tmp_path):
+    process = child.start([*BASE, "--epochs", 100_000], tmp_path)
+    wait_for(tmp_path / "log", "epoch 2", process)
+    os.kill(process.pid, signum)
+    process.join(20)
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == expected, log
+    content = torch.load(tmp_path / "runs" / "r" / "checkpoint.pt", weights_only=True)
+    assert f"stopped after step {content['step']}, with a checkpoint" in log.splitlines()[-1]
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = child.start([*BASE, "--epochs", 100_000], tmp_path, "slow_write")
+    wait_for(tmp_path / "log", "epoch 2", process)
+    os.kill(process.pid, signal.SIGTERM)
+    wait_for(tmp_path / "log", "writing", process)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == -signal.SIGTERM and time.monotonic() - began < 5
+
+
+def test_signals_to_the_real_command(tmp_path):
+    """A whole process with the real ResNet20: its statuses as a shell sees them, and going on to the end."""
+    argv = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "128", "--epochs", "2", "--name", "r"]
+    command = [sys.executable, str(ROOT / "main.py"), *argv]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert "epoch 1" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command with --resume goes on" in rest
+    assert run_main(*argv, "--name", "r", "--resume", cwd=tmp_path).returncode == 0
+    assert run_main(*argv, "--name", "whole", cwd=tmp_path).returncode == 0
+    whole, resumed = (outcome(tmp_path / "runs" / name) for name in ("whole", "r"))
+    del whole["summary"]["args"], resumed["summary"]["args"]
+    assert whole == resumed
+
+
+def test_one_owner(tmp_path):
+    process = child.start([*BASE, "--epochs", 100_000], tmp_path)
+    wait_for(tmp_path / "log", "epoch 1", process)
+    for argv in ([], ["--resume"]):
+        done = run_main(*BASE, "--epochs", 100_000, *argv, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+        assert done.stderr.startswith("error: ") and "belongs to another, running process" in done.stderr
+    process.kill()
+    process.join()
+    status, log = child.run([*BASE, "--epochs", 1, "--resume"], tmp_path)  # the dead one's lock does not block
+    assert status == 0, log
+
+
+def garble(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "garbled": garble,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size * 2 // 3),
+    "empty": lambda path: os.truncate(path, 0),
+    "text": lambda path: path.write_text("oops"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(mode, kind, reference, tmp_path):
+    directory = half_done(tmp_path, mode, "--checkpoint_every", 0.02)
+    DAMAGE[kind](directory / "checkpoint.pt")
+    status, log = child.run([*BASE, *MODES[mode], "--resume"], tmp_path)
+    assert status == 0 and log.count("warning: ") == 1 and "checkpoint.pt is damaged" in log, log
+    assert "resumed at step" in log
+    assert outcome(directory) == reference[mode]
+
+
+def test_no_good_checkpoint_is_an_error_and_nothing_is_lost(tmp_path):
+    directory = half_done(tmp_path, "critical", "--checkpoint_every", 0.02)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        garble(directory / name)
+    before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file() and p.name != "args.json"}
+    status, log = child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)
+    assert status == 2 and "error: argument --resume: no good checkpoint" in log, log
+    assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file() and p.name != "args.json"} == before
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    directory = half_done(tmp_path, "normal")
+    torch.save({"model": Evil()}, directory / "checkpoint.pt")
+    status, log = child.run([*BASE, *MODES["normal"], "--resume"], tmp_path)
+    assert status == 2 and "damaged" in log and not (tmp_path / "pwned").exists(), log
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_full_disk(mode, reference, tmp_path):
+    directory = half_done(tmp_path, mode)
+    good = (directory / "checkpoint.pt").read_bytes()
+    argv = [*BASE, *MODES[mode], "--resume", "--checkpoint_every", 0]
+    status, log = child.run(argv, tmp_path, f"file_limit={len(good) // 2}")
+    assert status == 1 and "error: " in log and "File too large" in log and "Traceback" not in log, log
+    assert (directory / "checkpoint.pt").read_bytes() == good
+    assert not (directory / ".checkpoint.pt.tmp").exists()
+    status, log = child.run(argv, tmp_path)
+    assert status == 0, log
+    assert outcome(directory) == reference[mode]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody with fewer rights")
+def test_a_directory_that_is_not_writable(tmp_path):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        (tmp_path / "log").touch()
+        os.chmod(tmp_path / "log", 0o666)
+        status, log = child.run([*BASE, "--runs_dir", f"{name}/runs"], tmp_path, "nobody")
+        assert status == 2 and log.startswith("error: argument --runs_dir: ") and log.count("\n") == 1, log
+        assert os.listdir(name) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "gradient_norms.f32"])
+def test_a_record_cut_off_in_the_middle(mode, name, reference, tmp_path):
+    if name == "gradient_norms.f32" and mode != "critical":
+        pytest.skip("only critical has a history")
+    if name == "summary.json":
+        assert child.run([*BASE, *MODES[mode]], tmp_path)[0] == 0
+    else:
+        half_done(tmp_path, mode, "--checkpoint_every", 0.02)
+    directory = tmp_path / "runs" / "r"
+    os.truncate(directory / name, (directory / name).stat().st_size * (1 if name[0] == "s" else 9) // 10)
+    status, log = child.run([*BASE, *MODES[mode], "--resume"], tmp_path)
+    if name == "gradient_norms.f32" and status == 2:  # cut before what both checkpoints count on
+        assert "gradient norms of the" in log
+        return
+    assert status == 0, log
+    assert ("warning" in log) == (name != "metrics.csv")
+    assert outcome(directory) == reference[mode]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    argv = [*BASE, *MODES["critical"]]
+    assert child.run(argv, tmp_path)[0] == 0
+    before = {
+        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file() and p.name != "log"
+    }
+    status, log = child.run([*argv, "--resume"], tmp_path)
+    assert status == 0 and "not_reached already, after 430 steps" in log
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file() and p.name != "log"}
+    assert after == before
+
+
+def test_a_diverged_run_stays_diverged(tmp_path):
+    argv = [*BASE, "--lr", 1e38, "--optimizer", "sgd"]
+    assert child.run(argv, tmp_path)[0] == 3
+    status, log = child.run([*argv, "--resume"], tmp_path)
+    assert status == 3 and "diverged already" in log, log
+
+
+@pytest.mark.parametrize("mode", ["normal", "critical"])
+def test_a_raised_cap_goes_on_from_the_end(mode, reference, tmp_path):
+    argv = {"normal": ["--epochs", 5], "critical": ["--max_steps", 230]}[mode]
+    assert child.run([*BASE, *MODES[mode], *argv], tmp_path)[0] == 0
+    status, log = child.run([*BASE, *MODES[mode], "--resume"], tmp_path)
+    assert status == 0 and f"resumed at step {115 if mode == 'normal' else 230}" in log, log
+    assert outcome(tmp_path / "runs" / "r") == reference[mode]
+
+
+def test_resume_without_a_checkpoint_starts(reference, tmp_path):
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "gradient_norms.f32").write_bytes(b"left over by a run killed early")
+    status, log = child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)
+    assert status == 0, log
+    assert outcome(tmp_path / "runs" / "r") == reference["critical"]
+
+
+def test_checkpoints_hold_no_numpy_and_load_safely(tmp_path):
+    directory = half_done(tmp_path, "critical")
+    content = torch.load(directory / "checkpoint.pt", weights_only=True)
+    assert content["step"] == 150 and content["sums"]["steps"] == 138 and len(content["window"]) == 12
+    assert (directory / "gradient_norms.f32").stat().st_size == 4 * 138
+    assert json.loads((directory / "args.json").read_text())["args"]["lr"] == 0.02
+    assert np.isfinite(content["window"].numpy()).all()
