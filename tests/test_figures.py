@@ -1,0 +1,477 @@
+"""figures.py as a real command on synthetic records, its numbers computed again; and its parts by themselves."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import figures
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = [
+    line.split(",") for line in (ROOT / "published_shb_steps.csv").read_text().splitlines() if line[0].isdigit()
+]
+PUBLISHED = {int(b): dict(zip(("0.5", "0.7", "1.0"), map(int, rest), strict=True)) for b, *rest in PUBLISHED}
+SLUG = "CIFAR100_ResNet18_lr0.1_beta0.9"
+OMEGA = {"mean": 0.0, "std": 1.0, "skewness": 0.0, "excess_kurtosis": 0.0, "entries": 4000}
+
+
+def record(runs, mode, optimizer, b, seed, results, *, steps=100, status="finished", **args):
+    """Write one run's record as main.py does; return its directory."""
+    name = f"{mode}-{optimizer}-b{b}-seed{seed}" + "".join(f"-{k}{v}" for k, v in args.items())
+    args = {
+        **{"dataset": "CIFAR100", "model": "ResNet18", "lr": 0.1, "beta1": 0.9, "precision": "default"},
+        **{"epochs": 200, "max_steps": None, "min_epochs": 11, "steps": 10000, "full_grad_batchsize": 1000},
+        **{"mode": mode, "optimizer": optimizer, "batchsize": b, "seed": seed, "name": name},
+        **args,
+    }
+    summary = {"status": status, "mode": mode, "steps": steps, "epochs": 1.0, "seconds": 1.0}
+    folder = runs / name
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "summary.json").write_text(json.dumps(summary | {"args": args, "results": results}))
+    return folder
+
+
+def normal(runs, optimizer, b, seed, accuracy, loss=0.1, **more):
+    results = {"accuracy": accuracy, "best_accuracy": 70.0, "training_loss": loss, "max_gradient_norm": 1.0}
+    return record(runs, "normal", optimizer, b, seed, results, **more)
+
+
+def critical(runs, optimizer, b, seed, to_eps, k=1.77, **more):
+    results = {"steps_to_eps": to_eps, "max_gradient_norm": k}
+    return record(runs, "critical", optimizer, b, seed, results, **more)
+
+
+def sampling(runs, optimizer, b, seed, delta, omega, **more):
+    results = {"delta": delta, "noise_norm": delta / 0.1, "max_gradient_norm": 1.5}
+    results |= {f"omega_{key}": value for key, value in OMEGA.items()}
+    folder = record(runs, "sampling", optimizer, b, seed, results, **more)
+    np.save(folder / "omega.npy", omega.astype(np.float32))
+    return folder
+
+
+def command(*words):
+    env = os.environ | {"MPLBACKEND": "Agg"}
+    return subprocess.run(
+        [sys.executable, ROOT / "figures.py", *map(str, words)], capture_output=True, text=True, env=env
+    )
+
+
+def table(out, name, slug=SLUG):
+    with open(out / f"{slug}_{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+SEED_FACTOR = {0: 1.0, 1: 1.01, 2: 1.05}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """All modes: SHB from the published steps, an SGD point that misses ε 0.5, one that diverged, damaged runs."""
+    root = tmp_path_factory.mktemp("sweep")
+    runs, rng = root / "runs", np.random.default_rng(3)
+    for b, published in PUBLISHED.items():
+        for seed, factor in SEED_FACTOR.items():
+            to_eps = {eps: round(n * factor) for eps, n in published.items()}
+            folder = critical(runs, "shb", b, seed, to_eps, steps=to_eps["0.5"])
+            if (b, seed) in ((1024, 0), (8192, 0)):
+                norms = np.full(to_eps["0.5"], 0.5, "<f4")
+                norms[777] = 9.0
+                norms.tofile(folder / "gradient_norms.f32")
+    for b, n in {64: 4000, 128: 1000, 256: 300, 512: 200}.items():
+        critical(runs, "sgd", b, 0, {"0.5": n}, k=3.0, steps=n)
+        reached = b != 64  # at 64 the cap came first
+        critical(runs, "sgd", b, 1, {"0.5": n + 4 if reached else None}, steps=n + 4 if reached else 900,
+                 status="finished" if reached else "not_reached")  # fmt: skip
+    critical(runs, "sgd", 1024, 0, {"0.5": 500}, steps=500)
+    diverged = {"steps_to_eps": {}, "max_gradient_norm": None, "diverged_at_step": 7}
+    record(runs, "critical", "sgd", 1024, 1, diverged, steps=7, status="diverged")
+    for optimizer, top in (("sgd", 60.0), ("shb", 66.0)):
+        for i, b in enumerate((64, 256, 1024)):
+            for seed in (0, 1):
+                normal(runs, optimizer, b, seed, top - i * i + seed, 0.1 * (i + 1))
+                delta = (1.7 if optimizer == "shb" else 1.0) / (i + 1) + 0.01 * seed
+                sampling(runs, optimizer, b, seed, delta, rng.normal(2, 3, 4000))
+    normal(runs, "sgd", 64, 2, 10.0, epochs=3)  # not comparable with the rest
+    normal(runs, "sgd", 64, 0, 11.0, name="twin")  # the same point and seed again
+    normal(runs, "shb", 8, 0, 50.0, dataset="digits", model="ResNet20")  # another combination
+    broken = {"empty": "", "cut": '{"status": "fin', "list": "[]", "deep": "[" * 100_000, "odd": '{"args": {}}'}
+    for name, text in broken.items():
+        (runs / name).mkdir()
+        (runs / name / "summary.json").write_text(text)
+    (runs / "unfinished").mkdir()
+    (runs / "unfinished" / "args.json").write_text("{}")
+    normal(runs, "sgd", 64, 5, None)
+    normal(runs, "sgd", "64", 6, 60.0)
+    (runs / "sampling-sgd-b256-seed0" / "omega.npy").write_bytes(b"\x93NUMPY nonsense")
+    out = root / "out"
+    return runs, out, command(runs, "--out", out)
+
+
+def test_command_succeeds_and_names_what_it_left_out(sweep):
+    _, _, done = sweep
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr == ""
+    left = {line.split(": ")[1]: line for line in done.stdout.splitlines() if line.startswith("left out: ")}
+    for name in ("empty", "cut", "list", "deep", "odd", "unfinished"):
+        assert name in left
+    assert "accuracy is None" in left["normal-sgd-b64-seed5"]
+    assert "batchsize is '64'" in left["normal-sgd-b64-seed6"]
+    assert "epochs 3" in left["normal-sgd-b64-seed2-epochs3"] and "epochs 200" in left["normal-sgd-b64-seed2-epochs3"]
+    twins = {"normal-sgd-b64-seed0", "normal-sgd-b64-seed0-nametwin"} & left.keys()
+    assert len(twins) == 1 and "same optimizer" in left[twins.pop()]
+    assert "gradient_norms.f32" in left["critical-sgd-b64-seed0 (gradient history only)"]
+    assert "omega.npy" not in left["empty"] and "sampling-sgd-b256-seed0 (ω only)" in left
+    assert "used: normal-shb-b64-seed1" in done.stdout
+    assert "digits_ResNet20_lr0.1_beta0.9: 1 runs used" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["steps", "accuracy", "delta", "accuracy_delta", "omega", "gradients"])
+def test_figures_are_there_as_png_and_pdf(sweep, name):
+    import matplotlib.image
+
+    _, out, _ = sweep
+    image = matplotlib.image.imread(out / f"{SLUG}_{name}.png")
+    assert min(image.shape[:2]) >= 400 and image[..., :3].std() > 0.05
+    pdf = (out / f"{SLUG}_{name}.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and pdf.rstrip().endswith(b"%%EOF") and len(pdf) > 5000
+    assert not list(out.glob(".*"))
+
+
+def test_steps_table_and_its_ratio_to_the_published(sweep):
+    rows = {(r["optimizer"], float(r["eps"]), int(r["batch_size"])): r for r in table(sweep[1], "steps")}
+    assert len(rows) == 33 + 5
+    for b, published in PUBLISHED.items():
+        for eps, n in published.items():
+            row, steps = rows["shb", float(eps), b], [round(n * f) for f in SEED_FACTOR.values()]
+            assert float(row["steps_mean"]) == pytest.approx(sum(steps) / 3, rel=1e-12)
+            assert (float(row["steps_min"]), float(row["steps_max"])) == (steps[0], steps[2])
+            assert float(row["sfo_mean"]) == pytest.approx(sum(steps) / 3 * b, rel=1e-12)
+            assert int(row["published"]) == n
+            assert float(row["ratio"]) == pytest.approx(1.02, abs=1e-3)
+    missed = rows["sgd", 0.5, 64]
+    assert (missed["seeds"], missed["reached"], missed["diverged"]) == ("2", "1", "0")
+    assert float(missed["steps_mean"]) == (4000 + 900) / 2  # the seed that missed counts with the steps it ran
+    lost = rows["sgd", 0.5, 1024]
+    assert (lost["seeds"], lost["reached"], lost["diverged"], float(lost["steps_mean"])) == ("2", "1", "1", 500)
+    assert missed["published"] == missed["ratio"] == ""
+
+
+def test_critical_batch_sizes_constants_and_bounds(sweep):
+    rows = {(r["optimizer"], float(r["eps"])): r for r in table(sweep[1], "critical_batch_size")}
+    assert [rows["shb", e]["b_star"] for e in (0.5, 0.7, 1.0)] == ["1024", "512", "256"]
+    assert [rows["shb", e]["published_b_star"] for e in (0.5, 0.7, 1.0)] == ["1024", "512", "256"]
+    assert [round(float(rows["shb", e]["bound"])) for e in (0.5, 0.7, 1.0)] == [1024, 522, 256]
+    for eps in (0.5, 0.7, 1.0):
+        mean = {b: sum(round(p[f"{eps}"] * f) for f in SEED_FACTOR.values()) / 3 * b for b, p in PUBLISHED.items()}
+        best = min(mean, key=mean.get)
+        limit = round(PUBLISHED[best][f"{eps}"] * 1.05) * best
+        near = [b for b in mean if mean[b] <= limit]
+        assert rows["shb", eps]["range"] == f"{near[0]}..{near[-1]}"
+        assert float(rows["shb", eps]["c_squared"]) == pytest.approx(25.3187, abs=1e-4)
+        assert float(rows["shb", eps]["k"]) == 1.77
+        assert rows["shb", eps]["edge"] == ""
+    sgd = rows["sgd", 0.5]
+    # 64 (156,800 at least) lies above 256 (77,312): it brackets b*; so does the seed that survived at 1024.
+    assert (sgd["b_star"], sgd["edge"], sgd["range"], sgd["undecided"]) == ("256", "", "256..256", "")
+    assert float(sgd["c_squared"]) == pytest.approx(256 * 0.25 / 0.1)
+    assert float(sgd["k"]) == 3.0 and sgd["published_c_squared"] == "1280"
+
+
+def test_point_table_and_delta(sweep):
+    rows = {(r["optimizer"], int(r["batch_size"])): r for r in table(sweep[1], "points")}
+    row = rows["shb", 256]
+    assert (float(row["accuracy_mean"]), float(row["accuracy_min"]), float(row["accuracy_max"])) == (65.5, 65.0, 66.0)
+    assert float(row["training_loss_mean"]) == pytest.approx(0.2)
+    c2, hat = 1024 * 0.25 * 0.9 * 0.01 / (0.1 * 0.91), 81.9
+    for b in (8, 256, 8192):
+        expected = 0.1 * math.sqrt((1 + hat) * c2 / b + hat * 1.77**2)
+        assert float(rows["shb", b]["delta"]) == pytest.approx(expected, rel=1e-12)
+        assert float(rows["shb", b]["published_delta"]) == pytest.approx(expected, rel=1e-3)
+    assert float(row["measured_delta_mean"]) == pytest.approx(1.7 / 2 + 0.005)
+    assert float(row["measured_delta_max"]) == pytest.approx(1.7 / 2 + 0.01)
+    assert rows["sgd", 256]["published_accuracy"] == "68"
+    assert rows["sgd", 64]["seeds"] == "2"  # neither the twin nor the run of 3 epochs
+    assert float(rows["sgd", 256]["delta"]) == pytest.approx(0.1 * math.sqrt(640 / 256))
+    assert rows["shb", 8]["accuracy_mean"] == ""
+
+
+def test_correlations_are_those_of_the_points(sweep):
+    points = table(sweep[1], "points")
+    rows = {(r["delta"], r["optimizer"]): r for r in table(sweep[1], "correlations")}
+    for key in ("delta", "measured_delta_mean"):
+        for who, n in (("sgd", 3), ("shb", 3), ("all", 6)):
+            there = [p for p in points if p["accuracy_mean"] and who in (p["optimizer"], "all")]
+            x, y = (np.array([float(p[k]) for p in there]) for k in (key, "accuracy_mean"))
+            row = rows[key, who]
+            assert int(row["n"]) == len(x) == n
+            assert float(row["pearson"]) == pytest.approx(np.corrcoef(x, y)[0, 1])
+            ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
+            if who != "all":  # no ties
+                assert float(row["spearman"]) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+            assert float(row["spearman_p"]) == pytest.approx(stats.spearmanr(x, y)[1])
+
+
+def test_omega_of_a_damaged_file_gives_way_to_the_next_seed(sweep):
+    rows = {r["name"]: r for r in table(sweep[1], "omega")}
+    assert len(rows) == 12
+    assert {name for name, r in rows.items() if r["k2"]} == {"sampling-sgd-b256-seed1", "sampling-shb-b256-seed0"}
+    omega = np.load(sweep[0] / "sampling-shb-b256-seed0" / "omega.npy").astype(float)
+    row = rows["sampling-shb-b256-seed0"]
+    assert float(row["k2"]) == pytest.approx(stats.normaltest(omega)[0], rel=1e-6)
+    distance = stats.kstest((omega - omega.mean()) / omega.std(), "norm")[0]
+    assert float(row["ks_distance"]) == pytest.approx(distance, rel=1e-6)
+    assert int(row["a2_n"]) == 4000
+    bars = [r for r in table(sweep[1], "omega_histogram") if r["name"] == "sampling-shb-b256-seed0"]
+    assert sum(float(r["density"]) * (float(r["right"]) - float(r["left"])) for r in bars) == pytest.approx(1)
+
+
+def test_gradient_table_keeps_the_excursion(sweep):
+    rows = table(sweep[1], "gradients")
+    assert {r["name"] for r in rows} == {"critical-shb-b1024-seed0", "critical-shb-b8192-seed0"}
+    part = [r for r in rows if "b1024" in r["name"]]
+    assert int(part[0]["first_step"]) == 1 and int(part[-1]["last_step"]) == 15982
+    assert max(float(r["norm_max"]) for r in part) == 9.0
+    assert float(part[-1]["running_mean"]) == pytest.approx((15981 * 0.5 + 9) / 15982, rel=1e-9)
+
+
+def test_report_tells_the_tables_the_rules_and_the_runs(sweep):
+    text = (sweep[1] / "report.md").read_text()
+    for part in (
+        "| shb | 0.7 | 512 |",
+        "not eligible",
+        "critical-sgd-b1024-seed1 (diverged",
+        "- left out: cut: ",
+        "grid",
+    ):
+        assert part in " ".join(text.split())
+    assert "| 1280 |" in text and "| 15982 |" in text and "omega qq" not in text
+    assert "](digits" in text and "not drawn: steps: no critical runs" in text
+
+
+def test_a_partial_sweep_gives_partial_figures(sweep):
+    made = {p.name for p in sweep[1].glob("digits*.p*")}
+    assert made == {f"digits_ResNet20_lr0.1_beta0.9_accuracy.{kind}" for kind in ("png", "pdf")}
+
+
+def test_errors_are_one_line_and_write_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad" / "run").mkdir(parents=True)
+    (tmp_path / "bad" / "run" / "summary.json").write_text("{")
+    normal(tmp_path / "good", "sgd", 8, 0, 50.0)
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for words, parts in (
+        ((tmp_path / "none", "--out", tmp_path / "o"), ("RUNS_DIR", "none", "no directory")),
+        ((tmp_path / "empty", "--out", tmp_path / "o"), ("RUNS_DIR", "empty", "allowed is a directory")),
+        ((tmp_path / "bad", "--out", tmp_path / "o"), ("RUNS_DIR", "run: Expecting property name")),
+        ((tmp_path / "good", "--out", tmp_path / "file"), ("--out", "file", "File exists")),
+        ((tmp_path / "good", "--wat"), ("--wat",)),
+    ):
+        done = command(*words)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert all(part in done.stderr for part in parts), done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- parts by themselves ---
+
+
+def rows_of(*points):
+    """Rows of critical_table from (b, seeds' SFO, seeds that reached ε, seeds that diverged)."""
+    return [
+        {"batch_size": b, "seeds": len(sfo) + lost, "reached": reached, "diverged": lost} | figures.band("sfo", sfo)
+        for b, sfo, reached, lost in points
+    ]
+
+
+def test_critical_batch_size_needs_two_whole_points():
+    assert figures.critical_batch_size([]) == {}
+    assert figures.critical_batch_size(rows_of((8, [5.0], 1, 0), (16, [1.0], 0, 0))) == {}
+
+
+@pytest.mark.parametrize(("sfo", "b_star", "edge"), [((1, 2, 3), 8, "<="), ((3, 2, 1), 32, ">="), ((3, 1, 2), 16, "")])
+def test_critical_batch_size_says_when_it_is_at_the_edge(sfo, b_star, edge):
+    points = zip((8, 16, 32), sfo, strict=True)
+    star = figures.critical_batch_size(rows_of(*((b, [float(s)], 1, 0) for b, s in points)))
+    assert (star["b_star"], star["edge"], star["range"]) == (b_star, edge, "")  # one seed: no spread known
+
+
+def test_range_is_what_lies_within_the_seeds_spread_of_the_minimum():
+    points = ((8, [9, 9], 2, 0), (16, [6, 6], 2, 0), (32, [4, 6], 2, 0), (64, [3, 9.2], 2, 0), (128, [6.1, 6.1], 2, 0))
+    assert figures.critical_batch_size(rows_of(*points))["range"] == "16..32"
+
+
+def test_points_that_stayed_open_are_undecided_only_if_they_may_be_smaller():
+    low, high, lost = (8, [4.0, 9.0], 1, 0), (8, [99.0, 9.0], 1, 0), (8, [], 0, 2)
+    for first, undecided, edge in ((low, "8", "<="), (high, "", ""), (lost, "8", "<=")):
+        star = figures.critical_batch_size(rows_of(first, (16, [6, 7], 2, 0), (32, [9, 9], 2, 0)))
+        assert (star["b_star"], star["undecided"], star["edge"]) == (16, undecided, edge)
+
+
+def test_a_missed_point_is_never_b_star_even_with_the_smallest_bound(tmp_path):
+    critical(tmp_path, "shb", 8, 0, {"0.5": None}, steps=10, status="not_reached")
+    for b, n in ((16, 100), (32, 40), (64, 90)):
+        critical(tmp_path, "shb", b, 0, {"0.5": n}, steps=n)
+    runs, left_out = figures.read_runs(tmp_path)
+    rows = figures.critical_table(runs, {})
+    assert not left_out and (rows[0]["reached"], rows[0]["sfo_mean"]) == (0, 80)
+    star = figures.critical_batch_size(rows)
+    assert (star["b_star"], star["undecided"]) == (32, "8")
+
+
+def test_shb_without_momentum_has_no_bound_but_a_figure(tmp_path):
+    for b, n in ((8, 90), (16, 20), (32, 30)):
+        critical(tmp_path / "runs", "shb", b, 0, {"0.5": n}, steps=n, beta1=0.0)
+    done = command(tmp_path / "runs", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    (row,) = table(tmp_path / "out", "critical_batch_size", "CIFAR100_ResNet18_lr0.1_beta0")
+    assert (row["b_star"], row["bound"], row["c_squared"]) == ("16", "", "")
+
+
+def test_sgd_joins_every_beta_and_nothing_else_mixes(tmp_path):
+    for beta in (0.5, 0.9):
+        normal(tmp_path, "shb", 8, 0, 50.0, beta1=beta)
+    normal(tmp_path, "sgd", 8, 0, 50.0, beta1=0.3)
+    normal(tmp_path, "sgd", 8, 0, 50.0, lr=0.01)
+    groups = figures.combinations(figures.read_runs(tmp_path)[0])
+    found = {g["slug"]: sorted((r["optimizer"], r["beta1"]) for r in g["runs"]) for g in groups}
+    assert found == {
+        "CIFAR100_ResNet18_lr0.01": [("sgd", 0.9)],
+        "CIFAR100_ResNet18_lr0.1_beta0.5": [("sgd", 0.3), ("shb", 0.5)],
+        "CIFAR100_ResNet18_lr0.1_beta0.9": [("sgd", 0.3), ("shb", 0.9)],
+    }
+    assert [bool(g["published"]["shb"]) for g in groups] == [False, False, True]
+
+
+def test_envelope_against_a_plain_loop():
+    norms = np.random.default_rng(0).random(5000).astype("<f4")
+    first, last, low, high, mean = figures.envelope(norms, bins=50)
+    assert first[0] == 1 and last[-1] == 5000 and np.array_equal(first[1:], last[:-1] + 1) and len(first) <= 50
+    for a, z, lo, hi, m in zip(first, last, low, high, mean, strict=True):
+        part = norms[a - 1 : z]
+        assert (lo, hi) == (part.min(), part.max())
+        assert m == pytest.approx(norms[:z].astype(float).sum() / z, rel=1e-12)
+    assert [len(v) for v in figures.envelope(norms[:1])] == [1] * 5
+
+
+def test_normality_tells_a_normal_from_heavy_tails():
+    rng = np.random.default_rng(5)
+    z, good = figures.normality(rng.normal(5, 2, 20_000).astype(np.float32))
+    assert np.all(np.diff(z) >= 0) and abs(z.mean()) < 1e-9 and z.std() == pytest.approx(1)
+    _, heavy = figures.normality(rng.standard_t(3, 20_000).astype(np.float32))
+    assert good["k2"] < 15 and good["a2"] < 0.752 and good["ks_distance"] < 0.01 and good["a2_n"] == 5000
+    assert heavy["k2"] > 1000 and heavy["a2"] > 20 and heavy["ks_distance"] > 0.05
+
+
+@pytest.mark.parametrize("values", [np.ones(50), np.arange(5.0), np.append(np.arange(50.0), np.nan)])
+def test_normality_refuses_what_no_normal_could_fit(values):
+    with pytest.raises(ValueError, match=r"omega\.npy"):
+        figures.normality(values.astype(np.float32))
+
+
+def test_anderson_darling_as_defined():
+    values = np.random.default_rng(1).normal(size=300).astype(np.float32)
+    z = np.sort((values - values.mean(dtype=float)) / values.std(ddof=1, dtype=float))
+    total = sum(
+        (2 * i - 1) * (math.log(stats.norm.cdf(z[i - 1])) + math.log(stats.norm.sf(z[300 - i]))) for i in range(1, 301)
+    )
+    expected = (-300 - total / 300) * (1 + 0.75 / 300 + 2.25 / 300**2)
+    assert figures.normality(values)[1]["a2"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("lr", 0), ("lr", True), ("lr", "0.1"), ("lr", 10**400), ("beta1", 1), ("batchsize", 0)],
+        *[("batchsize", None), ("seed", math.nan), ("seed", math.inf), ("model", "../../x")],
+        *[("dataset", ["CIFAR10"]), ("optimizer", "adam")],
+    ],
+)
+def test_an_argument_of_the_wrong_kind_leaves_the_run_out(tmp_path, key, value):
+    folder = normal(tmp_path, "sgd", 8, 0, 50.0)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["args"][key] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
+    runs, left_out = figures.read_runs(tmp_path)
+    assert runs == [] and f"{key} is " in left_out[folder.name]
+
+
+@pytest.mark.parametrize(
+    "to_eps", [{}, [], None, {"x": 3}, {"0.5": "3"}, {"-1": 3}, {"0.5": 0}, {"0.5": 101}, {"nan": 3}, {"0.5": [1]}]
+)
+def test_steps_to_eps_of_the_wrong_kind_leave_the_run_out(tmp_path, to_eps):
+    folder = critical(tmp_path, "shb", 8, 0, to_eps, steps=100)
+    runs, left_out = figures.read_runs(tmp_path)
+    assert runs == [] and folder.name in left_out
+
+
+def test_a_pickle_is_never_loaded(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    folder = sampling(tmp_path / "runs", "sgd", 8, 0, 1.0, np.zeros(3))
+    np.save(folder / "omega.npy", np.array([Trap()] * 4000, dtype=object), allow_pickle=True)
+    runs, _ = figures.read_runs(tmp_path / "runs")
+    left_out = {}
+    rows = [{"name": r["name"]} for r in runs]
+    assert figures.draw_omega(runs, rows, left_out) == (None, [], [])
+    assert left_out and not (tmp_path / "sprung").exists()
+
+
+def test_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a.csv"
+    figures.write(path, b"old")
+    with pytest.raises(TypeError):
+        figures.write(path, None)
+    assert path.read_bytes() == b"old"
+
+
+def test_markdown_drops_empty_columns_and_folds_bands():
+    rows = [{"a": 1, "b": None, "c_mean": 2.0, "c_min": 1.0, "c_max": 3.5}]
+    rows += [{"a": 1, "b": "", "c_mean": None, "c_min": None, "c_max": None}]
+    assert figures.markdown(rows).splitlines() == ["| a | c |", "| --- | --- |", "| 1 | 2 [1, 3.5] |", "| 1 | – |"]
+
+
+@pytest.mark.parametrize(("mode", "key"), [(mode, key) for mode, keys in figures.SHARED.items() for key in keys])
+def test_a_run_that_disagrees_with_its_mode_is_left_out(tmp_path, mode, key):
+    make = {
+        "normal": lambda seed, **more: normal(tmp_path, "sgd", 8, seed, 50.0, **more),
+        "critical": lambda seed, **more: critical(tmp_path, "sgd", 8, seed, {"0.5": 9}, **more),
+        "sampling": lambda seed, **more: sampling(tmp_path, "sgd", 8, seed, 1.0, np.zeros(3), **more),
+    }[mode]
+    folder = make(0)
+    arguments = json.loads((folder / "args.json").read_text()) | {key: 77}
+    summary = json.loads((folder / "summary.json").read_text()) | {"args": arguments}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    make(1)
+    make(2)
+    (group,) = figures.combinations(figures.read_runs(tmp_path)[0])
+    assert sorted(r["seed"] for r in group["runs"]) == [1, 2]
+    assert f"{key} 77" in group["left_out"][folder.name]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ks_distance_looks_on_both_sides(sign):
+    values = sign * np.random.default_rng(2).exponential(size=500)
+    expected = stats.kstest((values - values.mean()) / values.std(), "norm")[0]
+    assert figures.normality(values)[1]["ks_distance"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_history_that_is_not_finite_is_named_and_not_drawn(tmp_path):
+    folder = critical(tmp_path, "shb", 8, 0, {"0.5": 3}, steps=3)
+    np.array([1, np.nan, 1], "<f4").tofile(folder / "gradient_norms.f32")
+    left_out = {}
+    fig, rows = figures.draw_gradients(figures.read_runs(tmp_path)[0], left_out)
+    assert rows == [] and f"{folder.name} (gradient history only)" in left_out
+    figures.plt.close(fig)
