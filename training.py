@@ -70,12 +70,14 @@ class Training:
         """
         if self.filled and self._window_over():  # stopped between a window's last step and its reading
             yield from self._read_window()
+        progress = self.record.bar.update if self.record else lambda: None
         while self.step < self.last and not self.diverged_at:
             epoch, start = divmod(self.step, self.steps_per_epoch)
             for x, y in self.data.epoch(epoch, self.args.batchsize, start):
                 self.window[self.filled] = self.train_step(x, y)
                 self.filled += 1
                 self.step += 1
+                progress()
                 self.check_signals()
                 if time.monotonic() >= self.next_checkpoint:
                     self.save()

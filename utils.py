@@ -200,7 +200,7 @@ class Record:
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def log(self, row: dict, show: bool) -> None:
-        """One row of metrics.csv and of wandb, beginning with `steps`. show: as a line of progress too."""
+        """One row of metrics.csv and of wandb, beginning with `steps`. show: print it too."""
         row = row | {"seconds": round(self.elapsed(), 3)}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -211,13 +211,10 @@ class Record:
         self._csv.write(self.rows[-1])
         self._csv.flush()
         self.to_wandb(lambda run: run.log(row))
-        self.bar.update(row["steps"] - self.bar.n)
         if show:
             line = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "steps")
-            if self.bar.disable:
-                print(f"steps {row['steps']} {line}", flush=True)
-            else:
-                self.bar.set_postfix_str(line)
+            with tqdm.external_write_mode():
+                print(f"step {row['steps']} {line}", flush=True)
 
     def append_norms(self, norms: np.ndarray) -> None:
         """Add gradient norms to the history, 4 bytes a step: little-endian float32."""

@@ -318,3 +318,31 @@ def test_checkpoints_hold_no_numpy_and_load_safely(tmp_path):
     assert (directory / "gradient_norms.f32").stat().st_size == 4 * 138
     assert json.loads((directory / "args.json").read_text())["args"]["lr"] == 0.02
     assert np.isfinite(content["window"].numpy()).all()
+
+
+def test_in_a_terminal_there_is_a_progress_bar_and_ctrl_c_stops(tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    argv = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "128", "--epochs", "50"]
+    command = [sys.executable, str(ROOT / "main.py"), *argv]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=follower, stdout=follower, stderr=follower, start_new_session=True
+    )
+    os.close(follower)
+    seen, interrupted = b"", False
+    while True:
+        try:
+            seen += os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+        if b" 14/600 " in seen and not interrupted:
+            os.killpg(process.pid, signal.SIGINT)
+            interrupted = True
+    assert process.wait(30) == 130
+    text = seen.decode()
+    assert "step/s" in text and "step 12 epoch 1 " in text and "the same command with --resume goes on" in text
