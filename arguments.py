@@ -3,12 +3,16 @@
 import argparse
 import json
 import math
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 TRAINING_IMAGES = {"CIFAR100": 50_000, "CIFAR10": 50_000, "digits": 1_437}
+ENDLESS = 2**62  # more steps than a run can make
 MODELS = ("ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20")
+WANDB_MODES = ("online", "offline", "disabled")
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
 
 # What may differ between a run and its resumption: where it runs and what is logged, and the two caps.
@@ -22,21 +26,25 @@ class UserError(Exception):
     """A mistake of the user's or of the surroundings: printed as one line, `error: …`; exit status 2."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a wrong command line, instead of printing the usage and exiting."""
+
     def error(self, message: str):
+        """Called by argparse."""
         unknown = message.startswith("unrecognized")
         raise UserError(f"{message}; --help lists what is allowed" if unknown else message)
 
 
-def _number(kind: type, allowed: str, check):
+def number(kind: type, allowed: str, check: Callable):
     """A converter for argparse that names what was given and what is allowed."""
 
     def convert(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and check(value)):
+            good = math.isfinite(value) and check(value)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
             raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}")
         return value
 
@@ -52,27 +60,29 @@ def _name(text: str) -> str:
     return text
 
 
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+def device(text: str) -> str:
+    """A converter for the name of a device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,2}))?", text):
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, …")
     return text
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
+    """A converter for the path of a directory or file."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is the path of a directory")
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
     return Path(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py; its defaults are those of the authors' command line where they have the flag."""
-    positive = _number(float, "a finite number above 0", lambda v: v > 0)
-    count = _number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
-    whole = _number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
-    beta = _number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
-    seed = _number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
+    positive = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
+    count = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
+    whole = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
+    beta = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
+    seed = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
 
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -97,13 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=count,
         default=1000,
         metavar="B",
-        help="sampling: chunk of ∇f, in images",
+        help="sampling: chunk of the full gradient, in images",
     )
     add("--max_steps", type=count, metavar="N", help="ends any mode after so many updates")
     add("--seed", type=seed, default=0, help="of weights, shuffling, augmentation, measuring")
 
     add = parser.add_argument_group("how it runs").add_argument
-    add("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
     add(
         "--precision",
         choices=("default", "ieee", "bf16"),
@@ -112,15 +122,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
-    add("--data_dir", type=_path, default="data", metavar="DIR", help="where the data sets are cached")
+    add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
     add = parser.add_argument_group("the record").add_argument
-    add("--runs_dir", type=_path, default="runs", metavar="DIR", help="where runs are recorded")
+    add("--runs_dir", type=path, default="runs", metavar="DIR", help="where runs are recorded")
     add("--name", type=_name, help="directory of this run below runs_dir (default: made of its arguments)")
     add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
     add(
         "--checkpoint_every",
-        type=_number(float, "a finite number of seconds of at least 0", lambda v: v >= 0),
+        type=number(float, "a finite number of seconds of at least 0", lambda v: v >= 0),
         default=300.0,
         metavar="SECONDS",
         help="between two checkpoints",
@@ -130,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb_project", type=_name, default="role_of_momentum", help="project to log to")
     add(
         "--wandb_mode",
-        choices=("online", "offline", "disabled"),
+        choices=WANDB_MODES,
         help="default: WANDB_MODE, or by the entity",
     )
     return parser
@@ -150,8 +160,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 f"of {args.dataset}"
             )
     args.eps = sorted(set(args.eps), reverse=True)
+    args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
     args.name = args.name or _default_name(args)
     return args
+
+
+def _wandb_mode(entity: str) -> str:
+    given = os.environ.get("WANDB_MODE") or ("offline" if entity == "XXXXXX" else "online")
+    mode = {"dryrun": "offline", "run": "online"}.get(given, given)  # wandb's older names
+    if mode not in WANDB_MODES:
+        raise UserError(f"argument --wandb_mode: the variable WANDB_MODE is {given!r}, allowed are {WANDB_MODES}")
+    return mode
 
 
 def _default_name(args: argparse.Namespace) -> str:
@@ -179,11 +198,15 @@ def ended_run(args: argparse.Namespace) -> dict | None:
     if summary is None:
         return None
     refuse_other_arguments(summary["args"], args)
-    raised = summary["args"].get("max_steps") != args.max_steps or (
-        args.mode == "normal" and summary["args"].get("epochs") != args.epochs
-    )
-    final = summary["status"] == "diverged" or (summary["status"] == "finished" and args.mode != "normal")
-    return summary if final or not raised else None
+    final = summary["status"] == "diverged" or (args.mode == "critical" and summary["status"] == "finished")
+    return summary if final or planned_steps(args) <= summary["steps"] else None
+
+
+def planned_steps(args: argparse.Namespace) -> int:
+    """The updates after which a run ends at the latest; ENDLESS for `critical` without --max_steps."""
+    epochs = args.epochs * -(-TRAINING_IMAGES[args.dataset] // args.batchsize)
+    own = {"normal": epochs, "critical": ENDLESS, "sampling": args.steps}[args.mode]
+    return min(own, args.max_steps or ENDLESS)
 
 
 def refuse_other_arguments(before: dict, args: argparse.Namespace) -> None:
@@ -211,14 +234,15 @@ def plain(value):
 
 def read_summary(directory: Path) -> dict | None:
     """summary.json of a run that has ended; None where there is none, or it is damaged (which is said)."""
-    path = directory / "summary.json"
+    file = directory / "summary.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["status"] not in EXIT_STATUS or not isinstance(summary["args"], dict):
-            raise ValueError("no known status")
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        known = summary["status"] in EXIT_STATUS
+        if not (known and isinstance(summary["args"], dict) and isinstance(summary["steps"], int)):
+            raise ValueError("its status, arguments or steps are not there")
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        print(f"warning: {path} is damaged ({error}); the run counts as unfinished", file=sys.stderr)
+        print(f"warning: {file} is damaged ({error}); the run counts as unfinished", file=sys.stderr)
         return None
     return summary

@@ -7,7 +7,6 @@ epoch alone, so any step of any epoch can be had again without a generator's his
 
 import fcntl
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +59,7 @@ class Data:
     def __init__(self, spec: Spec, arrays: dict[str, np.ndarray], device: torch.device, seed: int):
         self.spec, self.device, self.seed = spec, device, seed
         self.size = len(arrays["x_train"])
-        pixels = torch.zeros(self.size * 1024 + 1, 3, dtype=torch.uint8, device=device)
-        pixels[:-1] = torch.from_numpy(arrays["x_train"]).reshape(-1, 3)
-        self.pixels = pixels  # one row a pixel; the last row is the black of borders and corners
+        self.pixels = torch.from_numpy(arrays["x_train"]).view(-1, 3).to(device)  # one row a pixel
         self.y_train = torch.from_numpy(arrays["y_train"]).to(device, torch.int64)
         self.x_test = torch.from_numpy(arrays["x_test"]).to(device)
         self.y_test = torch.from_numpy(arrays["y_test"]).to(device, torch.int64)
@@ -101,7 +98,7 @@ class Data:
 
         index: int32 (b,). plan: rows of `draw_augmentation` (b, 9), or None for the images as they are.
         """
-        at = index.view(-1, 1) * 1024
+        at, inside = index.view(-1, 1) * 1024, None
         if plan is None:
             at = at + self.grid
         else:
@@ -111,8 +108,9 @@ class Data:
             x, y = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16
             u, v = x * sign + dx, y + dy
             inside = ((x | y | u | v) >> 5) == 0  # all four in 0..31: a negative number has high bits too
-            at = torch.where(inside, at + (v * 32 + u), self.size * 1024)
-        return self.pixels.index_select(0, at.view(-1)).view(-1, 32, 32, 3)
+            at = torch.where(inside, at + (v * 32 + u), at)
+        images = self.pixels.index_select(0, at.view(-1)).view(-1, 32, 32, 3)
+        return images if inside is None else images.mul_(inside.view(-1, 32, 32, 1))  # black borders and corners
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (b, 32, 32, 3) → float32 (b, 3, 32, 32), with the arithmetic of ToTensor and Normalize."""
@@ -151,7 +149,10 @@ def load(name: str, data_dir: Path, device: torch.device, seed: int) -> Data:
 
     Raises UserError if the file is damaged, or missing and not to be had.
     """
-    arrays = _digits() if name == "digits" else _cifar(name, data_dir)
+    try:
+        arrays = _digits() if name == "digits" else _cifar(name, data_dir)
+    except OSError as error:
+        raise UserError(f"argument --data_dir: {data_dir} cannot be used ({error})") from error
     return Data(SPECS[name], arrays, device, seed)
 
 
@@ -181,7 +182,7 @@ def _cifar(name: str, data_dir: Path) -> dict[str, np.ndarray]:
                 if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= spec.classes:
                     raise ValueError(f"y_{part} does not hold {n} labels from 0 to {spec.classes - 1}")
                 arrays |= {f"x_{part}": x, f"y_{part}": y.astype(np.int64)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever garbage in a file brings about
         raise UserError(
             f"argument --data_dir: {cache} is damaged or not ours ({error}); delete it, and the next run makes it anew"
         ) from error

@@ -10,7 +10,7 @@ sampling  after some steps, measure the search direction noise ω_t = d_t − �
 import sys
 from argparse import Namespace
 
-from arguments import EXIT_STATUS, UserError, parse, run_state
+from arguments import EXIT_STATUS, UserError, parse, planned_steps, run_state
 
 if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
     try:
@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
         if ARGS.print_name:
             print(run_state(ARGS), ARGS.runs_dir / ARGS.name)
             sys.exit(0)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -35,11 +35,13 @@ from utils import Record, Signals, Stopped, pick_device, set_up
 def normal(run: Training) -> dict:
     """Train for --epochs; after each, measure the test accuracy. Accuracies are in percent."""
     results = run.results
-    run.last = min(run.args.epochs * run.steps_per_epoch, run.args.max_steps or run.endless)
+    run.last = planned_steps(run.args)
     for window in run.windows():
         epoch_over = (run.step % run.steps_per_epoch == 0 or run.step == run.last) and not run.diverged_at
         if epoch_over:
             accuracy, test_loss = evaluate(run)
+            if not np.isfinite(test_loss):
+                run.diverged_at, epoch_over = run.step + 1, False
         epoch = run.sums.setdefault("epoch", dict.fromkeys(("steps", "images", "loss", "hits", "norm", "max"), 0))
         run.count(window)
         epoch["steps"] += len(window.steps)
@@ -57,7 +59,8 @@ def normal(run: Training) -> dict:
             }
             results |= row | {"best_accuracy": max(accuracy, results.get("best_accuracy", 0.0))}
             run.log(row | {"g-norm": epoch["norm"] / epoch["steps"], "max_g-norm": epoch["max"]})
-            del run.sums["epoch"]
+            if run.step % run.steps_per_epoch == 0:  # a cap in mid-epoch may be raised later
+                del run.sums["epoch"]
     names = ("accuracy", "best_accuracy", "training_acc", "training_loss", "test_loss")
     return {name: results.get(name) for name in names}
 
@@ -70,7 +73,7 @@ def critical(run: Training) -> dict:
     args = run.args
     first_check = max(1, args.min_epochs * run.steps_per_epoch)
     reached = run.results.setdefault("steps_to_eps", {repr(eps): None for eps in args.eps})
-    run.last = args.max_steps or run.endless if None in reached.values() else run.step
+    run.last = planned_steps(args) if None in reached.values() else run.step
     for window in run.windows():
         means = run.running_sums(window) / window.steps
         for eps in args.eps:
@@ -89,7 +92,7 @@ def critical(run: Training) -> dict:
 
 def sampling(run: Training) -> dict:
     """Train for --steps, then measure ω_t on the next mini-batch, before its update."""
-    run.last = min(run.args.steps, run.args.max_steps or run.endless)
+    run.last = planned_steps(run.args)
     for window in run.windows():
         run.count(window)
         run.log_window(window)
@@ -107,6 +110,9 @@ def sampling(run: Training) -> dict:
             run.args.full_grad_batchsize,
             run.check_signals,
         )
+    if not np.isfinite(numbers["noise_norm"]):
+        run.diverged_at = run.step + 1
+        return {}
     run.record.save_omega(omega.numpy())
     return numbers
 
@@ -136,14 +142,13 @@ def main(args: Namespace) -> int:
         raise UserError(f"argument --compile: it captures a CUDA graph, and the device is {device}")
     set_up(args)
     data = datasets.load(args.dataset, args.data_dir, device, args.seed)
-    record.claim(device)
+    record.claim()
     checkpoint = record.load_checkpoint() if args.resume else None
     run = Training(args, data, record, Signals())
     if checkpoint:
         run.load(checkpoint)
         print(f"resumed at step {run.step}: {record.directory}")
-    planned = {"normal": args.epochs * run.steps_per_epoch, "critical": None, "sampling": args.steps}[args.mode]
-    record.begin(min(filter(None, (planned, args.max_steps)), default=None), run.step)
+    record.begin(device, run.step)
     try:
         results = {"normal": normal, "critical": critical, "sampling": sampling}[args.mode](run)
         run.save()

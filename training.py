@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+from arguments import ENDLESS
 from data import Data
 from shb import OPTIMIZERS
 from utils import Record, Signals
@@ -45,8 +46,6 @@ class Training:
     gradient was not finite. sums, results: the running numbers of the experiment, plain Python values.
     """
 
-    endless = 2**62
-
     def __init__(self, args: Namespace, data: Data, record: Record | None, signals: Signals | None):
         self.args, self.data, self.record = args, data, record
         self.check_signals = signals.check if signals else lambda: None
@@ -57,7 +56,7 @@ class Training:
         self.optimizer = OPTIMIZERS[args.optimizer](self.model.parameters(), lr=args.lr, **options)
         self.train_step = Graphed(self) if args.compile else self.eager_step
         self.steps_per_epoch = -(-data.size // args.batchsize)
-        self.step, self.last, self.diverged_at = 0, self.endless, None
+        self.step, self.last, self.diverged_at = 0, ENDLESS, None
         self.sums, self.results = {"steps": 0, "norm": 0.0, "max_norm": 0.0}, {}
         self.window, self.filled = torch.zeros(WINDOW, 3, device=data.device), 0
         self.next_checkpoint = time.monotonic() + args.checkpoint_every

@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arguments import EXIT_STATUS, UserError, ended_run, plain, read_summary, refuse_other_arguments
+from arguments import (
+    ENDLESS,
+    EXIT_STATUS,
+    UserError,
+    ended_run,
+    plain,
+    planned_steps,
+    read_summary,
+    refuse_other_arguments,
+)
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 NORMS = "gradient_norms.f32"
@@ -158,16 +167,13 @@ class Record:
             self._refuse_existing()
             return ended_run(self.args) if self.args.resume else None
 
-    def claim(self, device: torch.device) -> None:
-        """Make the directory this process's own, and write args.json. UserError if that cannot be."""
+    def claim(self) -> None:
+        """Make the directory this process's own. UserError if that cannot be."""
         with self._usable():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = open(self.directory / ".lock", "a")  # noqa: SIM115 (held until the process ends)
             self._lock(self._lock_file)
             self._refuse_existing()  # a moment ago it did not exist, but another process may have come between
-            content = {"args": vars(self.args), "environment": environment(device)}
-            write_json(self.directory / "args.json", content)
-        self.config = plain(content["args"] | {"environment": content["environment"]})
 
     @contextmanager
     def _usable(self):
@@ -191,13 +197,19 @@ class Record:
         except BlockingIOError as error:
             raise UserError(f"argument --name: {self.directory} belongs to another, running process") from error
 
-    def begin(self, total: int | None, step: int) -> None:
-        """Start logging at `step` of `total` (None: open): metrics.csv as far as it is known, wandb, progress."""
+    def begin(self, device: torch.device, step: int) -> None:
+        """Start logging at `step`: args.json, metrics.csv as far as it is known, wandb, progress."""
+        content = {"args": vars(self.args), "environment": environment(device)}
+        write_json(self.directory / "args.json", content)
         with replacing(self.directory / "metrics.csv") as file:
             file.write("".join(self.rows).encode())
         self._csv = open(self.directory / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
-        self.wandb = start_wandb(self.args, self.directory, self.config)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+        config = plain(content["args"] | {"environment": content["environment"]})
+        self.wandb = start_wandb(self.args, self.directory, config)
+        total = planned_steps(self.args)
+        self.bar = tqdm(
+            total=None if total == ENDLESS else total, initial=step, unit="step", disable=not sys.stderr.isatty()
+        )
 
     def log(self, row: dict, show: bool) -> None:
         """One row of metrics.csv and of wandb, beginning with `steps`. show: print it too."""
@@ -294,25 +306,32 @@ class Record:
     def load_checkpoint(self) -> dict | None:
         """The newest good checkpoint, on the CPU; None if there is none at all.
 
-        A damaged one is named in a warning. Raises UserError if all are damaged, or the arguments differ.
+        A damaged one is named in a warning, and removed if the one before is good: else the next checkpoint would
+        take that one's place with the damaged one. Raises UserError if all are damaged, if the run has ended and
+        they are gone, or if the arguments differ.
         """
-        reasons = []
+        damaged = {}
         for path in (self.directory / name for name in CHECKPOINTS):
             if path.exists():
                 try:
                     content = _read_checkpoint(path)
+                    refuse_other_arguments(content["args"], self.args)
                     self._cut_norms(content["norms_recorded"])
+                except UserError:
+                    raise
                 except Exception as error:  # whatever garbage in a file brings about
-                    reasons.append(f"{path} is damaged ({_one_line(error)})")
-                    _warn(reasons[-1])
+                    damaged[path] = f"{path} is damaged ({_one_line(error)})"
                     continue
-                refuse_other_arguments(content["args"], self.args)
+                for other, reason in damaged.items():
+                    _warn(f"{reason}; going on from {path.name}")
+                    other.unlink()
                 self.rows, self.seconds = content["rows"], content["seconds"]
                 return content
-        if reasons:
+        if damaged or read_summary(self.directory):
+            reasons = "; ".join(damaged.values()) or "the run has ended, and its checkpoint is gone"
             raise UserError(
-                f"argument --resume: no good checkpoint in {self.directory}: {'; '.join(reasons)}; "
-                "delete the directory to start again"
+                f"argument --resume: no good checkpoint in {self.directory}: {reasons}; "
+                "delete the directory to start again, or give another --name"
             )
         self._cut_norms(0)
         return None
@@ -340,13 +359,16 @@ def _read_checkpoint(path: Path) -> dict:
 def start_wandb(args: Namespace, directory: Path, config: dict):
     """A wandb run that logs against `steps`, or None (disabled, not installed, or it does not start)."""
     has_entity = args.wandb_entity != "XXXXXX"
-    mode = args.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if has_entity else "offline")
-    if mode == "disabled":
+    if args.wandb_mode == "disabled":
         return None
     os.environ.setdefault("WANDB_CACHE_DIR", str((directory / "wandb").absolute()))
-    for attempt in dict.fromkeys((mode, "offline")):
+    os.environ.pop("WANDB_MODE", None)  # it has had its say in args.wandb_mode
+    for attempt in dict.fromkeys((args.wandb_mode, "offline")):
+        stdin = sys.stdin
         try:
             import wandb
+
+            sys.stdin = open(os.devnull)  # noqa: SIM115 (without a key it must fail, not ask and wait)
 
             run = wandb.init(
                 entity=args.wandb_entity if has_entity else None,
@@ -368,6 +390,8 @@ def start_wandb(args: Namespace, directory: Path, config: dict):
             return run
         except Exception as error:
             _warn(f"wandb did not start in mode {attempt!r} ({_one_line(error)})")
+        finally:
+            sys.stdin = stdin
     return None
 
 

@@ -1,6 +1,6 @@
 # Sourced by the other scripts, in the repository: an environment that meets requirements.txt. The active virtual
 # environment is used where there is one, else .venv is made.
-if [[ -z ${VIRTUAL_ENV-} && -z ${CONDA_PREFIX-} ]]; then
+if [[ -z ${VIRTUAL_ENV-} && ${CONDA_DEFAULT_ENV-base} == base ]]; then
     if [[ ! -x .venv/bin/pip ]]; then
         ${PYTHON:-python3} -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
             { echo "error: Python 3.10 or newer is needed; PYTHON names another interpreter" >&2; exit 2; }

@@ -25,6 +25,10 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--lr", "nan"], "--lr", "'nan'", "finite"),
     (["--lr", "inf"], "--lr", "'inf'", "finite"),
     (["--lr=-inf"], "--lr", "'-inf'", "finite"),
+    (["--lr", "1e39"], "--lr", "'1e39'", "at most 1e38"),
+    (["--epochs", "9" * 400], "--epochs", "'999", "whole number"),
+    (["--seed", "9" * 5000], "--seed", "'999", "0 to 2^63"),
+    (["--device", "cuda:00"], "--device", "'cuda:00'", "cuda:0"),
     (["--lr", "fast"], "--lr", "'fast'", "number"),
     (["--lr", ""], "--lr", "''", "number"),
     (["--batchsize", "0"], "--batchsize", "'0'", "at least 1"),
@@ -110,6 +114,9 @@ def test_what_only_the_machine_can_tell(tmp_path):
         (["--runs_dir", ".", "--name", "file"], ["file"]),
         (["--dataset", "CIFAR10", "--data_dir", "new/data"], ["--data_dir", "CIFAR10.npz", "digits"]),
         (["--dataset", "CIFAR10", "--data_dir", "file"], ["--data_dir", "file"]),
+        (["--dataset", "CIFAR10", "--data_dir", "x" * 300], ["--data_dir", "too long"]),
+        (["--runs_dir", "x" * 300], ["--runs_dir", "too long"]),
+        (["--runs_dir", "file", "--print_name"], ["file"]),
     ):
         # Where there is a network, the download must fail all the same.
         env = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -151,6 +158,12 @@ def test_a_run_that_exists_is_not_touched(tmp_path):
     (tmp_path / "runs" / "x").mkdir()
     (tmp_path / "runs" / "x" / "notes.txt").write_text("somebody's")
     check(run_main(*argv, cwd=tmp_path), tmp_path, "exists already (unfinished)")
+
+
+def test_a_wandb_mode_that_does_not_exist(tmp_path):
+    done = run_main(*QUICK, cwd=tmp_path, env={"WANDB_MODE": "bogus"})
+    check(done, tmp_path, "--wandb_mode", "'bogus'", "offline")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_of_flags_take_either_dash(tmp_path):

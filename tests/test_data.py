@@ -28,7 +28,7 @@ def pil_pipeline(image, dx, dy, flip, angle):
 def test_pixels_equal_torchvision_s_pil_pipeline(seed):
     n, rng = 1500, np.random.default_rng(seed)
     d = make_data(n, seed=seed)
-    images = d.pixels[:-1].view(-1, 32, 32, 3).numpy()
+    images = d.pixels.view(-1, 32, 32, 3).numpy()
     dx, dy = rng.integers(-4, 5, (2, n))
     flip = rng.random(n) < 0.5
     angle = rng.uniform(-15, 15, n)
@@ -99,7 +99,7 @@ def test_cifar10_is_cropped_and_flipped_but_not_rotated():
     plan = data.draw_augmentation(np.random.default_rng(0), 500, 0.0)
     sign, dx, dy = plan[:, 6], plan[:, 7], plan[:, 8]
     ours = d.images(torch.arange(500, dtype=torch.int32), torch.from_numpy(plan)).numpy()
-    images = d.pixels[:-1].view(-1, 32, 32, 3).numpy()
+    images = d.pixels.view(-1, 32, 32, 3).numpy()
     for i in range(500):
         flip = sign[i] < 0
         assert np.array_equal(ours[i], pil_pipeline(images[i], dx[i] - 31 * flip, dy[i], flip, 0))
@@ -110,7 +110,7 @@ def test_digits_are_the_embedded_ones_with_a_fixed_split():
 
     d = data.load("digits", Path("unused"), CPU, seed=5)
     assert (d.size, len(d.x_test), d.spec.classes, d.spec.augmented) == (1437, 360, 10, False)
-    images = torch.cat([d.pixels[:-1].view(-1, 32, 32, 3), d.x_test]).numpy()
+    images = torch.cat([d.pixels.view(-1, 32, 32, 3), d.x_test]).numpy()
     assert np.array_equal(images, np.repeat(images[..., :1], 3, axis=3))
     small = images[:, ::4, ::4, 0]
     assert np.array_equal(small.repeat(4, 1).repeat(4, 2), images[..., 0])
@@ -122,7 +122,7 @@ def test_digits_are_the_embedded_ones_with_a_fixed_split():
 
 def test_the_real_cifar100_has_the_paper_s_mean_and_std(cifar_dir):
     d = data.load("CIFAR100", cifar_dir, CPU, 0)
-    pixels = d.pixels[:-1].double().div(255)
+    pixels = d.pixels.double().div(255)
     np.testing.assert_allclose(pixels.mean(0), d.spec.mean, rtol=1e-12)
     np.testing.assert_allclose(pixels.std(0, correction=0), d.spec.std, rtol=1e-12)
     assert torch.equal(d.y_train.bincount(), torch.full((100,), 500))
@@ -201,7 +201,7 @@ def test_the_download_is_made_into_one_cache_once(small_cifar, tmp_path, monkeyp
     assert calls == [True, False]
     assert [p.name for p in sorted((tmp_path / "new" / "data").glob("*"))] == ["CIFAR10.npz"]
     d = data.load("CIFAR10", tmp_path / "new" / "data", CPU, 0)
-    assert np.array_equal(d.pixels[:-1].view(-1, 32, 32, 3), small_cifar["x_train"])
+    assert np.array_equal(d.pixels.view(-1, 32, 32, 3), small_cifar["x_train"])
     assert d.y_test.tolist() == small_cifar["y_test"].tolist()
 
 

@@ -247,6 +247,16 @@ def test_divergence_is_an_ending_of_its_own(tmp_path, mode):
     assert not (directory / "omega.npy").exists()
 
 
+@pytest.mark.parametrize("mode", ["normal", "sampling"])
+def test_what_is_not_finite_only_when_measured_is_a_divergence_too(tmp_path, mode):
+    """One update with a huge lr: its loss and gradient were finite, the test's and ω are not."""
+    argv = ("--mode", mode, "--lr", 1e38, "--steps", 1, "--max_steps", 1, "--optimizer", "sgd", "--batchsize", 128)
+    status, directory = run(tmp_path, *argv)
+    s = summary(directory)
+    assert (status, s["status"], s["steps"], s["results"]["diverged_at_step"]) == (3, "diverged", 1, 2)
+    assert not (directory / "omega.npy").exists()
+
+
 def test_a_gradient_that_is_not_finite_is_a_divergence_even_if_the_loss_is(monkeypatch):
     run = start("--batchsize", 128)
     run.last, step = 40, run.eager_step
@@ -316,13 +326,18 @@ def test_graphed_and_eager_trajectories_agree(optimizer):
 def test_no_step_waits_for_the_gpu():
     args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", "--batchsize", "8"])
     run = training.Training(args, datasets.load("digits", Path("unused"), torch.device("cuda:0"), 0), None, None)
-    run.last = 100
+    run.last, step = 100, run.train_step
     list(run.windows())
-    run.last, steps = 150, run.windows()
-    torch.cuda.set_sync_debug_mode("error")
+    run.last = 150
+
+    def watched(x, y):  # from here on, since an epoch begins with copies of its plan
+        torch.cuda.set_sync_debug_mode("error")
+        return step(x, y)
+
+    run.train_step = watched
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):  # the reading of the window, and nothing before it
-            next(steps)
+            next(run.windows())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.step == 150

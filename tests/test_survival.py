@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -211,10 +212,10 @@ def test_no_good_checkpoint_is_an_error_and_nothing_is_lost(tmp_path):
     directory = half_done(tmp_path, "critical", "--checkpoint_every", 0.02)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         garble(directory / name)
-    before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file() and p.name != "args.json"}
+    before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
     status, log = child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)
     assert status == 2 and "error: argument --resume: no good checkpoint" in log, log
-    assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file() and p.name != "args.json"} == before
+    assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} == before
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -303,6 +304,57 @@ def test_a_raised_cap_goes_on_from_the_end(mode, reference, tmp_path):
     assert outcome(tmp_path / "runs" / "r") == reference[mode]
 
 
+def test_a_cap_in_mid_epoch_leaves_the_epoch_s_numbers_right(reference, tmp_path):
+    assert child.run([*BASE, *MODES["normal"], "--max_steps", 30], tmp_path)[0] == 0
+    status, log = child.run([*BASE, *MODES["normal"], "--resume"], tmp_path)
+    ours = outcome(tmp_path / "runs" / "r")
+    assert status == 0 and "resumed at step 30" in log, log
+    assert [r for r in ours["metrics"] if r["steps"] != "30"] == reference["normal"]["metrics"]
+    assert ours["checkpoint"] == reference["normal"]["checkpoint"]
+
+
+def test_sampling_s_cap_can_be_raised_and_a_lowered_one_changes_nothing(reference, tmp_path):
+    argv = [*BASE, *MODES["sampling"], "--resume"]
+    for cap, step in ((23, 23), (10, 23), (46, 46)):
+        status, log = child.run([*argv, "--max_steps", cap], tmp_path)
+        assert status == 0 and summary(tmp_path / "runs" / "r")["steps"] == step, log
+        assert ("finished already, after 23 steps" in log) == (cap == 10)
+    assert child.run(argv, tmp_path)[0] == 0
+    assert outcome(tmp_path / "runs" / "r")["omega.npy"] == reference["sampling"]["omega.npy"]
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+
+
+def test_an_ended_run_without_its_checkpoint_is_not_begun_again(tmp_path):
+    assert child.run([*BASE, *MODES["critical"], "--max_steps", 100], tmp_path)[0] == 0
+    directory = tmp_path / "runs" / "r"
+    (directory / "checkpoint.pt").unlink()
+    before = files(directory)
+    status, log = child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)
+    assert status == 2 and "its checkpoint is gone" in log and files(directory) == before, log
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    directory = half_done(tmp_path, "critical")
+    before = files(directory)
+    status, log = child.run([*BASE, *MODES["critical"], "--lr", 0.5, "--resume"], tmp_path)
+    assert status == 2 and "--lr 0.5 (was 0.02)" in log and files(directory) == before, log
+
+
+def test_after_a_damaged_checkpoint_the_good_one_outlives_the_next_write(reference, tmp_path):
+    directory = half_done(tmp_path, "critical", "--checkpoint_every", 0.02)
+    garble(directory / "checkpoint.pt")
+    argv = [*BASE, *MODES["critical"], "--resume"]
+    status, log = child.run([*argv, "--checkpoint_every", 0], tmp_path, "die_in_write")
+    assert status == -signal.SIGKILL, log
+    status, log = child.run([*argv, "--checkpoint_every", 0], tmp_path, "die_between_renames")
+    assert status == -signal.SIGKILL, log
+    assert child.run(argv, tmp_path)[0] == 0
+    assert outcome(directory) == reference["critical"]
+
+
 def test_resume_without_a_checkpoint_starts(reference, tmp_path):
     (tmp_path / "runs" / "r").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "gradient_norms.f32").write_bytes(b"left over by a run killed early")
@@ -340,7 +392,7 @@ def test_in_a_terminal_there_is_a_progress_bar_and_ctrl_c_stops(tmp_path):
             seen += os.read(leader, 4096)
         except OSError:  # the other end is closed
             break
-        if b" 14/600 " in seen and not interrupted:
+        if re.search(rb" (1[3-9]|[2-9]\d)/600 ", seen) and not interrupted:
             os.killpg(process.pid, signal.SIGINT)
             interrupted = True
     assert process.wait(30) == 130

@@ -82,6 +82,20 @@ def test_the_paper_s_names_are_logged(tmp_path):
         assert history and all(names <= h.keys() for h in history)
 
 
+def test_in_a_terminal_a_missing_key_is_not_asked_for(tmp_path):
+    import pty
+
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "main.py"), *ARGS, "--wandb_entity", "somebody", "--max_steps", "1"]
+    env = {k: v for k, v in (os.environ | CLEAN).items() if v is not None}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, stdin=follower, stdout=follower, stderr=follower, timeout=60, check=False
+    )
+    os.close(follower)
+    text = os.read(leader, 1 << 16).decode()
+    assert done.returncode == 0 and "logging offline" in text and "choice" not in text, text
+
+
 @pytest.mark.parametrize("argv", [["--wandb_mode", "online"], ["--wandb_entity", "somebody"]])
 def test_online_without_a_key_falls_back_to_offline(argv, tmp_path):
     done = run_main(*ARGS, *argv, "--max_steps", 2, cwd=tmp_path, env=CLEAN)
