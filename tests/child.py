@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sklearn.datasets
 import torch
+import torch._dynamo  # an optimizer loads it, which takes a second
 from conftest import Tiny
 
 import arguments
@@ -18,6 +19,8 @@ import models
 import utils
 
 torch.set_num_threads(1)
+_digits = sklearn.datasets.load_digits()
+sklearn.datasets.load_digits = lambda: _digits  # read once, before forking
 _replace, _save, _after = os.replace, torch.save, {"n": 0}
 
 
@@ -86,7 +89,6 @@ def _run(argv, directory, sabotage):
     elif kind == "file_limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))
     elif kind == "nobody":
-        sklearn.datasets.load_digits()  # what it imports may not be readable to nobody
         os.setgid(65534)
         os.setuid(65534)
     try:
@@ -97,6 +99,8 @@ def _run(argv, directory, sabotage):
     sys.exit(main.run_and_report(args))
 
 
+# The server that forks looks for what to preload in PYTHONPATH alone, and says nothing if it is not there.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [Path(__file__).parent, Path(main.__file__).parent]))
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__])
 

@@ -76,16 +76,14 @@ KILLS = []
 def test_sigkill_at_random_moments(mode, interval, reference, tmp_path):
     rng = random.Random(f"{mode}{interval}")
     argv = [*BASE, *MODES[mode], "--resume", "--checkpoint_every", interval]
+    checkpoint = tmp_path / "runs" / "r" / "checkpoint.pt"
     for _ in range(4):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = child.start(argv, tmp_path)
-        deadline = time.monotonic() + 60
-        seen = (tmp_path / "log").read_text().count("resumed") if (tmp_path / "log").exists() else 0
-        while not (tmp_path / "runs" / "r" / "metrics.csv").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)  # a kill before the first step would test nothing
-        if seen:
-            while (tmp_path / "log").read_text().count("resumed") == seen and process.is_alive():
-                time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.5))
+        # A kill while it is still setting up would test nothing: wait for its first checkpoint.
+        while process.is_alive() and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns != before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
         if process.is_alive():
             process.kill()
             process.join()
