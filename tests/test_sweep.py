@@ -33,7 +33,7 @@ if "--print_name" in sys.argv:
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
 
 sys.path.insert(0, {str(ROOT)!r})
-from arguments import EXIT_STATUS, parse
+from arguments import EXIT_STATUS, parse, planned_steps
 
 def say(*words):
     with open(os.environ["EVENTS"], "a") as file:
@@ -80,7 +80,7 @@ while time.monotonic() < end:
         sys.exit(128 + signals[0])
 status = act if act in EXIT_STATUS else "finished"
 say("end", time.time())
-summary.write_text(json.dumps({{"status": status, "args": vars(args)}}, default=str))
+summary.write_text(json.dumps({{"status": status, "steps": planned_steps(args), "args": vars(args)}}, default=str))
 sys.exit(EXIT_STATUS[status])
 """
 
@@ -182,7 +182,7 @@ def test_the_plan_tells_new_half_done_ended_and_refused_runs_apart(sweeps):
         run.mkdir(parents=True)
         if status:
             args = arguments.parse([*DIGITS_FLAGS, "--optimizer", "sgd", "--batchsize", str(b), "--resume"])
-            content = {"status": status, "args": vars(args)}
+            content = {"status": status, "steps": 10**18, "args": vars(args)}
             (run / "summary.json").write_text(json.dumps(content, default=str))
     before = sweeps.files()
     sizes = "8 16 32 64 128 2048"
