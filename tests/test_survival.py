@@ -77,7 +77,7 @@ def test_sigkill_at_random_moments(mode, interval, reference, tmp_path):
     rng = random.Random(f"{mode}{interval}")
     argv = [*BASE, *MODES[mode], "--resume", "--checkpoint_every", interval]
     checkpoint = tmp_path / "runs" / "r" / "checkpoint.pt"
-    for _ in range(4):
+    for _ in range(6):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = child.start(argv, tmp_path)
         # A kill while it is still setting up would test nothing: wait for its first checkpoint.
