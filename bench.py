@@ -6,10 +6,12 @@ bare      forward, backward and update on one batch that is on the device alread
 ours      main.normal and main.critical as they are, records included, wandb and evaluation not; in sampling the
           full gradient, beside bare forward and backward passes over as many images. graphed: under --compile
 
-The sides take turns, in one process, in blocks of as many steps; before each block come a few steps that are not
-timed, and the device is synchronized before a clock is read. Shown are medians over the blocks, and quartiles.
+The sides take turns, in blocks of as many steps; before each block come a few steps that are not timed, and the
+device is synchronized before a clock is read. Shown are medians over the blocks, and quartiles. Each side has a
+process of its own, which waits while another's turn is: in one process they would share freed memory, and how
+that is kept is most of what ours gains on a CPU. The bare step uses our memory layout and settings.
 Every side stands at step 1 thousand; critical, at the smallest batch size, also at step 1 million. Peak memory is
-that of a process of its own for each side: resident on the CPU (without DataLoader's workers), allocated on CUDA.
+that of a side's process at the end: resident on the CPU (without DataLoader's workers), allocated on CUDA.
 The images are CIFAR-100's if <data_dir>/CIFAR100.npz exists, else random ones of that shape: no download.
 
 Before a release: `python bench.py --quick --check`, on a machine that does nothing else. It takes less than two
@@ -26,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from itertools import islice
 from math import ceil
 from multiprocessing import get_context, set_start_method
@@ -58,6 +60,7 @@ BOUNDS |= {"bare_memory": 0.75, "early_memory": 0.85}
 def textbook(args: argparse.Namespace, data: datasets.Data) -> Callable[[int], None]:
     """Training as it is commonly written: a function that makes so many more steps."""
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
     model, device = models.build(args.model, data.spec.classes).to(data.device), data.device
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.beta1)
     augment = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.RandomRotation(data.spec.angle)]
@@ -89,8 +92,7 @@ def textbook(args: argparse.Namespace, data: datasets.Data) -> Callable[[int], N
 def bare(args: argparse.Namespace, data: datasets.Data) -> Callable[[int], None]:
     """Nothing but the network, on one batch; in sampling without updates, so that gradients add up."""
     torch.manual_seed(args.seed)
-    layout = torch.channels_last if data.device.type == "cuda" else torch.contiguous_format
-    model = models.build(args.model, data.spec.classes).to(data.device, memory_format=layout)
+    model = models.build(args.model, data.spec.classes).to(data.device, memory_format=data.layout)
     optimizer = SHB(model.parameters(), lr=args.lr, momentum=args.beta1)
     x, y = next(data.epoch(0, args.batchsize))
 
@@ -150,51 +152,62 @@ def load(args: argparse.Namespace, images: int = 50_000) -> datasets.Data:
     return datasets.Data(datasets.SPECS["CIFAR100"], arrays, device, args.seed)
 
 
-def timed(block: Callable[[int], None], steps: int, device: torch.device) -> float:
-    """Seconds a step, from an idle device to an idle device."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    wait()
-    begin = time.perf_counter()
-    block(steps)
-    wait()
-    return (time.perf_counter() - begin) / steps
+STATE = {}  # of a process of its own for one side: the function that makes steps, and the device
 
 
-def alternate(blocks: dict, data: datasets.Data, images: int, seconds: float, rounds: int) -> dict:
-    """For each side, the seconds that a step of `images` images took in each of `rounds` blocks.
+def begin(name: str, args: argparse.Namespace) -> float:
+    """Set up one side in this process. Returns seconds from loading data to the first step made."""
+    start, device = time.perf_counter(), utils.pick_device(args.device)
+    if name != "textbook":
+        utils.set_up(args)
+    set_start_method(None, force=True)  # or else DataLoader's workers would start as this process did
+    data = load(args, args.batchsize if name == "bare" else 50_000)
+    STATE.update(block=SIDES[name](args, data), device=device, lead=5 if name == "textbook" else 1)
+    timed(1)
+    return time.perf_counter() - start
+
+
+def timed(steps: int) -> float:
+    """Seconds a step of this process's side, from an idle device to an idle device."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(STATE["device"].type, lambda: None)
+    wait()
+    start = time.perf_counter()
+    STATE["block"](steps)
+    wait()
+    return (time.perf_counter() - start) / steps
+
+
+def timed_block(steps: int) -> float:
+    """As `timed`, after as many untimed batches as DataLoader's workers have ready after a pause."""
+    timed(STATE["lead"])
+    seconds = timed(steps)
+    if STATE["device"].type == "cuda":
+        torch.cuda.empty_cache()  # the other sides need it meanwhile
+    return seconds
+
+
+def peak() -> int:
+    """Peak memory of this process in bytes: resident on the CPU, of tensors on CUDA."""
+    if STATE["device"].type == "cuda":
+        return torch.cuda.max_memory_allocated(STATE["device"])
+    if STATE["device"].type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def alternate(pools: dict, size: int, images: int, seconds: float, rounds: int) -> dict:
+    """For each side, the seconds that a step of `images` of `size` images took in each of `rounds` blocks.
 
     A block lasts about `seconds` on the first side, and has as many steps on every other.
     """
-    # Untimed before a block: as many batches as DataLoader's two workers have ready after a pause.
-    lead = {side: 5 if side[0] == "textbook" else 1 for side in blocks}
-    for side, block in blocks.items():
-        block(lead[side])
     whole = max(1, datasets.BLOCK // images)  # or else some blocks would pay for augmentation and others not
-    steps = whole * ceil(seconds / timed(next(iter(blocks.values())), 1, data.device) / whole)
-    steps = min(steps, data.size // images)
-    times = {side: [] for side in blocks}
+    probe = next(iter(pools.values())).submit(timed_block, 1).result()
+    steps = min(whole * ceil(seconds / probe / whole), size // images)
+    times = {side: [] for side in pools}
     for turn in range(rounds):
-        for side in list(blocks)[:: -1 if turn % 2 else 1]:
-            blocks[side](lead[side])
-            times[side].append(timed(blocks[side], steps, data.device))
+        for side in list(pools)[:: -1 if turn % 2 else 1]:
+            times[side].append(pools[side].submit(timed_block, steps).result())
     return times
-
-
-def peak(name: str, args: argparse.Namespace) -> tuple[int, float]:
-    """Of this process, with one side: peak memory in bytes, and seconds from loading data to the first step made."""
-    begin, device = time.perf_counter(), utils.pick_device(args.device)
-    utils.set_up(args)
-    set_start_method(None, force=True)  # or else DataLoader's workers would start as this process did
-    args.runs_dir /= "peak"
-    block = SIDES[name](args, load(args, args.batchsize) if name == "bare" else load(args))
-    timed(block, 1, device)
-    first = time.perf_counter() - begin
-    block(2)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), first
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory(), first
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), first
 
 
 def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: int, sides: list[tuple]) -> list[dict]:
@@ -202,8 +215,8 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
     context = get_context("forkserver")  # its children start small, whatever this process has become
     context.set_forkserver_preload(["torch", "torchvision", "torch.utils.data"])
     held = sum(t.nbytes for t in (data.pixels, data.y_train, data.x_test, data.y_test))
-    each, peaks, rows = {}, {}, []
-    with tempfile.TemporaryDirectory() as directory:
+    each, rows = {}, []
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         for side in sides:
             name, mode, start = side
             argv = ["--model", model, "--batchsize", images, "--mode", mode, "--device", args.device, "--lr", 1e-4]
@@ -212,16 +225,16 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
             argv += ["--wandb_mode", "disabled", *["--compile"] * (name == "graphed")]
             each[side] = arguments.parse([*map(str, argv)])
             each[side].start = start
-            with ProcessPoolExecutor(1, context) as pool:
-                peaks[side] = pool.submit(peak, name, each[side]).result()
-        blocks = {side: SIDES[side[0]](each[side], data) for side in sides}
-        times = alternate(blocks, data, images, args.seconds, args.rounds)
+        pools = {side: stack.enter_context(ProcessPoolExecutor(1, context)) for side in sides}
+        first = {side: pools[side].submit(begin, side[0], each[side]).result() for side in sides}
+        times = alternate(pools, data.size, images, args.seconds, args.rounds)
+        peaks = {side: pools[side].submit(peak).result() for side in sides}
         for side in sides:
             low, seconds, high = np.percentile(times[side], (25, 50, 75)).tolist()
             row = dict(zip(("side", "mode", "start"), side, strict=True)) | {"model": model, "images_a_step": images}
             row |= {"seconds_a_step": seconds, "quartiles": [low, high], "steps_a_second": 1 / seconds}
             row |= {"images_a_second": images / seconds, "us_an_image": 1e6 * seconds / images, "ratios": {}}
-            row["peak_bytes"], row["seconds_to_first_step"] = peaks[side]
+            row |= {"peak_bytes": peaks[side], "seconds_to_first_step": first[side]}
             name, mode, start = side
             others = {"textbook": ("textbook", mode, start), "bare": sides[0], "normal": (name, "normal", EARLY)}
             others["early"] = (name, mode, EARLY)
@@ -229,8 +242,8 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
                 if name in ("ours", "graphed") and other in times and other != side:
                     row["ratios"][f"over_{key}"] = float(np.median(times[other])) / seconds
                     if key in ("bare", "early"):
-                        allowed = peaks[other][0] + held * (key == "bare")
-                        row["ratios"][f"{key}_memory"] = allowed / peaks[side][0]
+                        allowed = peaks[other] + held * (key == "bare")
+                        row["ratios"][f"{key}_memory"] = allowed / peaks[side]
             if name == "ours" and mode == "critical":
                 row["record_bytes_a_million_steps"] = record_size(each[side], data)
             rows.append(row)
@@ -310,7 +323,8 @@ def run(argv: list[str]) -> int:
             rows += measure(args, data, model, args.full_grad_batchsize, sides)
             print(*map(line, rows[-2:]), sep="\n", flush=True)
     # Few blocks contain the start of an epoch, so it is shown by itself.
-    epoch = min(timed(lambda number: next(data.epoch(number, 1)), 1, device) for _ in range(5))
+    STATE.update(block=lambda number: next(data.epoch(number, 1)), device=device)
+    epoch = min(timed(1) for _ in range(5))
     content = {"environment": machine, "arguments": vars(args), "seconds_to_begin_an_epoch": epoch, "rows": rows}
     utils.write_json(args.out, content)
     print(f"to begin an epoch: {1e3 * epoch:.1f} ms\nwritten: {args.out}")

@@ -50,8 +50,7 @@ class Training:
         self.args, self.data, self.record = args, data, record
         self.check_signals = signals.check if signals else lambda: None
         torch.manual_seed(args.seed)
-        layout = torch.channels_last if data.device.type == "cuda" else torch.contiguous_format
-        self.model = models.build(args.model, data.spec.classes).to(data.device, memory_format=layout)
+        self.model = models.build(args.model, data.spec.classes).to(data.device, memory_format=data.layout)
         options = {} if args.optimizer == "sgd" else {"momentum": args.beta1}
         self.optimizer = OPTIMIZERS[args.optimizer](self.model.parameters(), lr=args.lr, **options)
         self.train_step = Graphed(self) if args.compile else self.eager_step

@@ -1,6 +1,7 @@
 """Seeding, signals, checkpoints, and the record a run leaves: local files, wandb, progress."""
 
 import csv
+import ctypes
 import fcntl
 import io
 import json
@@ -63,6 +64,19 @@ def set_up(args: Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, instead of returning it to the system at once.
+
+    Or else every step waits for new, cleared pages: on the CPU (ResNet18) 10,000 page faults at b = 8, half a
+    million at b = 128, and a fifth to a third of the time. No effect with other C libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def environment(device: torch.device) -> dict:

@@ -1,8 +1,9 @@
-import itertools
 import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -174,15 +175,39 @@ def test_training_that_diverges_is_no_measurement(networks, tmp_path):
 
 
 def test_turns_are_equally_long_and_cover_whole_augmentation_blocks():
-    data, calls = make_data(n=4096), []
-    sides = {(n, "normal", 0): lambda k, n=n: calls.append((n, k)) for n in ("bare", "textbook", "ours")}
-    times = bench.alternate(sides, data, 8, 1e-9, 4)
-    assert [len(t) for t in times.values()] == [4, 4, 4]
-    timed = [call for call in calls if call[1] > 5]
-    assert {k for _, k in timed} == {128}  # 1,024 images
+    calls = []
+
+    class Pool:
+        def __init__(self, name):
+            self.name = name
+
+        def submit(self, function, steps):
+            assert function is bench.timed_block
+            calls.append((self.name, steps))
+            future = Future()
+            future.set_result(0.001)
+            return future
+
     order = ["bare", "textbook", "ours"]
-    assert [n for n, _ in timed] == (order + order[::-1]) * 2
-    assert all(lead[0] == call[0] for lead, call in itertools.pairwise(calls) if call[1] == 128)
+    times = bench.alternate({name: Pool(name) for name in order}, 4096, 8, 0.2, 4)
+    assert times == {name: [0.001] * 4 for name in order}
+    assert calls[0] == ("bare", 1)
+    assert calls[1:] == [(name, 256) for name in (order + order[::-1]) * 2]  # 2 × 1,024 images: the least above 0.2 s
+    calls.clear()
+    bench.alternate({"bare": Pool("bare")}, 4096, 8, 1e9, 1)
+    assert calls[1] == ("bare", 512)  # an epoch
+
+
+def test_what_comes_before_a_block_is_not_timed(monkeypatch):
+    calls, device = [], torch.device("cpu")
+
+    def block(steps):
+        calls.append(steps)
+        time.sleep(0.02 if steps == 3 else 0.5)
+
+    monkeypatch.setattr(bench, "STATE", {"block": block, "device": device, "lead": 5})
+    assert 0.02 / 3 <= bench.timed_block(3) < 0.1
+    assert calls == [5, 3]
 
 
 @pytest.mark.parametrize(("bound", "status"), [(0.0, 0), (1.6, 1)])
