@@ -26,6 +26,11 @@ class UserError(Exception):
     """A mistake of the user's or of the surroundings: printed as one line, `error: …`; exit status 2."""
 
 
+def say(kind: str, message: object) -> None:
+    """Print `kind: message` on stderr, as one line whatever `message` holds."""
+    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError for a wrong command line, instead of printing the usage and exiting."""
 
@@ -243,6 +248,6 @@ def read_summary(directory: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        print(f"warning: {file} is damaged ({error}); the run counts as unfinished", file=sys.stderr)
+        say("warning", f"{file} is damaged ({error}); the run counts as unfinished")
         return None
     return summary

@@ -339,5 +339,5 @@ if __name__ == "__main__":
     try:
         sys.exit(run(sys.argv[1:]))
     except arguments.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        arguments.say("error", error)
         sys.exit(2)

@@ -218,6 +218,6 @@ def _download(name: str, data_dir: Path, cache: Path) -> None:
             if path.is_dir() and not os.listdir(path):
                 path.rmdir()
         raise UserError(
-            f"argument --data_dir: {cache} is missing and could not be downloaded ({' '.join(str(error).split())}); "
+            f"argument --data_dir: {cache} is missing and could not be downloaded ({error}); "
             "put the file there, or name the directory that holds it, or try --dataset digits, which needs none"
         ) from error

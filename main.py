@@ -10,7 +10,7 @@ sampling  after some steps, measure the search direction noise ω_t = d_t − �
 import sys
 from argparse import Namespace
 
-from arguments import EXIT_STATUS, UserError, parse, planned_steps, run_state
+from arguments import EXIT_STATUS, UserError, parse, planned_steps, run_state, say
 
 if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
     try:
@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
             print(run_state(ARGS), ARGS.runs_dir / ARGS.name)
             sys.exit(0)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say("error", error)
         sys.exit(2)
 
 import numpy as np
@@ -178,7 +178,7 @@ def run_and_report(args: Namespace) -> int:
         message, status = error, 1
     except KeyboardInterrupt:
         message, status = "interrupted before the first step", 130
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    say("error", message)
     return status
 
 

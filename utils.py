@@ -32,6 +32,7 @@ from arguments import (
     planned_steps,
     read_summary,
     refuse_other_arguments,
+    say,
 )
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
@@ -292,7 +293,8 @@ class Record:
             try:
                 call(self.wandb)
             except Exception as error:
-                _warn(f"wandb failed ({_one_line(error)}); going on without it, the local record is complete")
+                reason = f"{type(error).__name__}: {error}"
+                say("warning", f"wandb failed ({reason}); going on without it, the local record is complete")
                 self.wandb = None
                 with suppress(Exception):  # it says again at exit what has just been said
                     sys.modules["wandb"].teardown()
@@ -334,10 +336,10 @@ class Record:
                 except UserError:
                     raise
                 except Exception as error:  # whatever garbage in a file brings about
-                    damaged[path] = f"{path} is damaged ({_one_line(error)})"
+                    damaged[path] = f"{path} is damaged ({type(error).__name__}: {error})"
                     continue
                 for other, reason in damaged.items():
-                    _warn(f"{reason}; going on from {path.name}")
+                    say("warning", f"{reason}; going on from {path.name}")
                     other.unlink()
                 self.rows, self.seconds = content["rows"], content["seconds"]
                 return content
@@ -403,15 +405,7 @@ def start_wandb(args: Namespace, directory: Path, config: dict):
                 print(f"wandb: logging offline{'' if has_entity else ' (no --wandb_entity)'}")
             return run
         except Exception as error:
-            _warn(f"wandb did not start in mode {attempt!r} ({_one_line(error)})")
+            say("warning", f"wandb did not start in mode {attempt!r} ({type(error).__name__}: {error})")
         finally:
             sys.stdin = stdin
     return None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -23,6 +23,7 @@ import arguments
 
 ROOT = Path(__file__).parent.parent
 SWEEP = ROOT / "scripts" / "sweep.sh"
+HANGUPS = (signal.SIGINT, signal.SIGHUP)
 GRID = {(optimizer, 2**k, seed) for optimizer in ("sgd", "shb", "nshb") for k in range(3, 14) for seed in (0, 1, 2)}
 
 STAND_IN = f"""#!{sys.executable} -S
@@ -101,8 +102,8 @@ class Sweeps:
 
     def start(self, *words, command=(str(SWEEP),), **options) -> subprocess.Popen:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        # Where pytest itself runs in the background, SIGINT is ignored, and bash could not trap it.
-        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        # Where pytest itself runs in the background or under nohup, these are ignored, and bash could not trap them.
+        options.setdefault("preexec_fn", lambda: [signal.signal(s, signal.SIG_DFL) for s in HANGUPS])
         environment = self.environment | {"ACTS": json.dumps(self.acts)}
         words = [*command, *map(str, words)]
         self.started.append(subprocess.Popen(words, cwd=self.directory, env=environment, text=True, **options))
