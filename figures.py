@@ -36,7 +36,7 @@ OMEGA = ("omega_mean", "omega_std", "omega_skewness", "omega_excess_kurtosis", "
 NEEDED = {
     "normal": ("accuracy", "best_accuracy", "training_loss", "max_gradient_norm"),
     "critical": ("max_gradient_norm",),
-    "sampling": ("delta", "noise_norm", "max_gradient_norm", *OMEGA),
+    "sampling": ("delta", "noise_norm", *OMEGA),
 }
 SHARED = {
     "normal": ("epochs", "max_steps", "precision"),
@@ -49,6 +49,8 @@ LOOKS = [
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     {"color": "#009E73", "marker": "^", "linestyle": ":"},
     {"color": "#CC79A7", "marker": "D", "linestyle": "-."},
+    {"color": "#56B4E9", "marker": "v", "linestyle": (0, (8, 2))},
+    {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 3))},
 ]
 LOOK = dict(zip(theory.OPTIMIZERS, LOOKS, strict=False))
 DELTAS = ("delta", "measured_delta_mean")  # the columns of point_table that accuracy is set against
@@ -96,18 +98,25 @@ def read_run(folder):
         ("seed", (0, 1e300)),
     ):
         run[key] = take(args, key, allowed)
+    for key in ("lr", "beta1"):
+        run[key] = float(f"{run[key]:.6g}")  # 0.1 · (1 − 0.9), in floats, is 0.01 to everyone
     run["shared"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in SHARED[mode])
-    if run["diverged"]:
-        return run
-    for key in NEEDED[mode]:
-        take(results, key, (-1e300, 1e300))
+    run["as_published"] = (args.get("epochs"), args.get("max_steps")) == (200, None)
     if mode == "critical":
+        epoch = -(-TRAINING_IMAGES[run["dataset"]] // run["batchsize"])
+        run["first_check"] = take(args, "min_epochs", (0, 1e300)) * epoch
         reached = results.get("steps_to_eps")
         if not isinstance(reached, dict) or not reached:
             raise ValueError("steps_to_eps is not an object with entries")
         for key, steps in reached.items():
             eps = take({"eps": float(key)}, "eps", (1e-300, 1e300))
             run["to_eps"][eps] = None if steps is None else take(reached, key, (1, run["steps"] + 1))
+    if not run["diverged"]:
+        for key in NEEDED[mode]:
+            take(results, key, (-1e300, 1e300))
+    run["max_norm"] = results.get("max_gradient_norm")
+    if run["max_norm"] is not None:
+        take(results, "max_gradient_norm", (0, 1e300))
     return run
 
 
@@ -125,7 +134,8 @@ def read_runs(runs_dir):
 
 def combinations(runs):
     """Return the groups of runs that may share figures, each with what it leaves out and why: a run that
-    disagrees with most of its mode in SHARED, and a second run of one optimizer, batch size and seed.
+    disagrees with most of its mode in SHARED, and a second run of one optimizer, batch size and seed. Of two
+    such runs the one that did not diverge, and went further, stays; it takes over the ε the other had reached.
     """
     groups = []
     for dataset, model, lr in sorted({(r["dataset"], r["model"], r["lr"]) for r in runs}):
@@ -134,20 +144,22 @@ def combinations(runs):
             members = [r for r in same if r["optimizer"] == "sgd" or r["beta1"] == beta]
             counts, left_out, seen = Counter((r["mode"], r["shared"]) for r in members), {}, {}
             usual = {mode: shared for (mode, shared), _ in reversed(counts.most_common())}
-            for run in members:
+            for run in sorted(members, key=lambda r: (r["diverged"], -r["steps"])):
                 if run["shared"] != usual[run["mode"]]:
                     left_out[run["name"]] = f"it has {run['shared']}; most of its mode have {usual[run['mode']]}"
                     continue
                 key = (run["mode"], run["optimizer"], run["batchsize"], run["seed"])
-                if seen.setdefault(key, run) is not run:
-                    left_out[run["name"]] = f"same optimizer, batch size and seed as {seen[key]['name']}"
+                if (first := seen.setdefault(key, run)) is not run:
+                    left_out[run["name"]] = f"same optimizer, batch size and seed as {first['name']}"
+                    first["to_eps"] |= {e: first["to_eps"].get(e) or steps for e, steps in run["to_eps"].items()}
             model_of_paper = model if dataset == "CIFAR100" and lr == 0.1 and beta in (0.9, None) else None
             groups.append(
                 {
                     "slug": f"{dataset}_{model}_lr{lr:g}" + ("" if beta is None else f"_beta{beta:g}"),
                     "lr": lr,
                     "beta": beta or 0.0,
-                    "runs": list(seen.values()),
+                    "runs": sorted(seen.values(), key=lambda r: r["name"]),
+                    "settings": usual,
                     "left_out": left_out,
                     "published": {o: PUBLISHED.get((model_of_paper, o), {}) for o in theory.OPTIMIZERS},
                 }
@@ -164,14 +176,12 @@ def band(name, values):
     return dict(zip((f"{name}_mean", f"{name}_min", f"{name}_max"), found, strict=True))
 
 
-def by_point(runs, mode):
-    """Yield (optimizer, b, runs that did not diverge by seed, number that did) of every point in `mode`."""
+def by_point(runs, *modes):
+    """Yield (optimizer, b, its runs by seed) of every point that has runs in `modes`."""
     for optimizer in theory.OPTIMIZERS:
-        here = [r for r in runs if r["mode"] == mode and r["optimizer"] == optimizer]
+        here = sorted((r for r in runs if r["mode"] in modes and r["optimizer"] == optimizer), key=lambda r: r["seed"])
         for b in sorted({r["batchsize"] for r in here}):
-            all_seeds = sorted((r for r in here if r["batchsize"] == b), key=lambda r: r["seed"])
-            good = [r for r in all_seeds if not r["diverged"]]
-            yield optimizer, b, good, len(all_seeds) - len(good)
+            yield optimizer, b, [r for r in here if r["batchsize"] == b]
 
 
 def published_curve(published):
@@ -187,63 +197,72 @@ def critical_table(runs, published):
     """Return one row per optimizer, ε and b: steps to ε and SFO complexity (= steps × b) over seeds.
 
     A seed that did not reach ε enters with the steps it ran, so a mean with reached < seeds is a lower bound;
-    a diverged seed counts in `seeds` but has no steps. ratio: ours / published.
+    one that diverged before counts in `seeds` but has no steps. at_first_check: seeds whose mean was ≤ ε when
+    first looked at, after --min_epochs, so that their steps are only an upper bound. ratio: ours / published.
     """
     rows = []
-    for optimizer, b, good, diverged in by_point(runs, "critical"):
+    for optimizer, b, seeds in by_point(runs, "critical"):
         for eps in sorted({e for r in runs if r["optimizer"] == optimizer for e in r["to_eps"]}):
-            asked = [r for r in good if eps in r["to_eps"]]
-            steps = [r["to_eps"][eps] or r["steps"] for r in asked]
-            row = {"optimizer": optimizer, "eps": eps, "batch_size": b, "seeds": len(asked) + diverged}
-            row |= {"reached": sum(r["to_eps"][eps] is not None for r in asked), "diverged": diverged}
-            row |= band("steps", steps) | band("sfo", [s * b for s in steps])
+            asked = [(r, r["to_eps"][eps]) for r in seeds if eps in r["to_eps"]]
+            steps = [n or r["steps"] for r, n in asked if n or not r["diverged"]]
+            row = {"optimizer": optimizer, "eps": eps, "batch_size": b, "seeds": len(asked)}
+            row |= {"reached": sum(n is not None for _, n in asked), "diverged": len(asked) - len(steps)}
+            row["at_first_check"] = sum(n == r["first_check"] for r, n in asked)
+            row |= band("steps", steps) | band("sfo", [n * b for n in steps])
             theirs = published.get((eps, b)) if optimizer == "shb" else None
-            row |= {"published": theirs, "ratio": row["steps_mean"] / theirs if theirs and steps else None}
-            rows += [row] if row["seeds"] else []
+            comparable = theirs and row["reached"] == row["seeds"]
+            row |= {"published": theirs, "ratio": row["steps_mean"] / theirs if comparable else None}
+            rows += [row] if asked else []
     return rows
 
 
 def critical_batch_size(rows):
     """Return b* and its uncertainty from one optimizer's and ε's rows of critical_table; {} if it has none.
 
-    Eligible are the points all of whose seeds reached ε, two at least. range: the b whose mean SFO is not above
-    the greatest seed's at b*; none for one seed. edge: "<=" or ">=" where b* is the first or last b known, so
-    only a bound. undecided: the b that some seed left open and whose SFO may be as small.
+    Eligible are the points all of whose seeds reached ε, and after the first check; two at least. range: the b
+    whose seeds' SFO overlaps that at b*; none for one seed. undecided: the b that are not eligible and whose SFO
+    may be as small. edge: "<=" or ">=" where no b below or above b* is known to need more: it is only a bound.
     """
-    whole = [r for r in rows if r["reached"] == r["seeds"]]
+    whole = [r for r in rows if r["reached"] == r["seeds"] and not r["at_first_check"]]
     if len(whole) < 2:
         return {}
     best = min(whole, key=lambda r: (r["sfo_mean"], r["batch_size"]))
-    b, limit = best["batch_size"], best["sfo_max"]
-    near = [r["batch_size"] for r in whole if r["sfo_mean"] <= limit and best["seeds"] > 1]
-    undecided = [r["batch_size"] for r in rows if r not in whole and (r["sfo_mean"] or 0) <= limit]
-    known = [r["batch_size"] for r in rows if r["batch_size"] not in undecided]
+    at, limit = rows.index(best), best["sfo_max"]
+    lower = [0 if r["at_first_check"] or r["sfo_mean"] is None else r["sfo_mean"] for r in rows]
+    undecided = [r not in whole and low <= limit for r, low in zip(rows, lower, strict=True)]
+    near = [r["batch_size"] for r in whole if r["sfo_min"] <= limit and best["seeds"] > 1]
     return {
-        "b_star": b,
-        "edge": "<=" if b == min(known) else ">=" if b == max(known) else "",
-        "range": f"{min(near)}..{max(near)}" if near else "",
+        "b_star": best["batch_size"],
+        "edge": "<=" if at == 0 or undecided[at - 1] else ">=" if at == len(rows) - 1 or undecided[at + 1] else "",
+        "range": " ".join(map(str, near)),
         "seeds": best["seeds"],
-        "undecided": " ".join(map(str, undecided)),
+        "undecided": " ".join(str(r["batch_size"]) for r, open_ in zip(rows, undecided, strict=True) if open_),
     }
 
 
 def constants_table(group, rows):
     """Return one row per optimizer and ε: b*, the estimated C² and K, and the bound, beside the published.
 
-    C² comes from b* at one reference ε per optimizer, the smallest that has a b*; there the bound equals b* by
-    construction, elsewhere it is a prediction. K is the largest gradient norm of the optimizer's runs, any mode.
+    C² comes from b* at one reference ε per optimizer, the smallest with a b* inside the grid, or else with any;
+    there the bound equals b* by construction, elsewhere it is a prediction. K is the largest gradient norm of
+    the optimizer's runs that did not diverge, in any mode.
     """
     out, lr, beta = [], group["lr"], group["beta"]
     for optimizer in theory.OPTIMIZERS:
-        good = [r for r in group["runs"] if r["optimizer"] == optimizer and not r["diverged"]]
-        largest = max((r["results"]["max_gradient_norm"] for r in good), default=None)
-        paper, reference, c2 = group["published"][optimizer], None, None
-        for eps in sorted({r["eps"] for r in rows if r["optimizer"] == optimizer}):
-            star = critical_batch_size([r for r in rows if (r["optimizer"], r["eps"]) == (optimizer, eps)])
-            if star and reference is None and (optimizer, beta) != ("shb", 0.0):  # where SHB's bound is singular
-                reference, c2 = eps, float(theory.c_squared_from_b(optimizer, lr, star["b_star"], eps, beta))
+        runs = [r for r in group["runs"] if r["optimizer"] == optimizer]
+        largest = max((r["max_norm"] for r in runs if not r["diverged"] and r["max_norm"] is not None), default=None)
+        mine = [r for r in rows if r["optimizer"] == optimizer]
+        every_eps = sorted({r["eps"] for r in mine})
+        stars = {eps: critical_batch_size([r for r in mine if r["eps"] == eps]) for eps in every_eps}
+        usable = sorted((star["edge"] != "", eps) for eps, star in stars.items() if star)
+        reference, c2 = None, None
+        if usable and (optimizer, beta) != ("shb", 0.0):  # where SHB's bound is singular
+            reference = usable[0][1]
+            c2 = float(theory.c_squared_from_b(optimizer, lr, stars[reference]["b_star"], reference, beta))
+        paper = group["published"][optimizer]
+        for eps in every_eps or [None] * bool(runs):
             bound = c2 and float(theory.critical_batch_size_bound(optimizer, lr, c2, eps, beta))
-            row = {"optimizer": optimizer, "eps": eps, "b_star": None} | star
+            row = {"optimizer": optimizer, "eps": eps, "b_star": None} | stars.get(eps, {})
             row |= {"bound": bound, "reference_eps": reference, "c_squared": c2, "k": largest}
             row["published_b_star"] = paper.get("b_star", {}).get(eps)
             out.append(row | {f"published_{key}": paper.get(key) for key in ("c_squared", "k")})
@@ -254,33 +273,35 @@ def point_table(group, constants):
     """Return one row per optimizer and b: accuracy (%) and training loss over seeds, and δ three ways.
 
     delta: the formula with our C² and K; published_delta: with the paper's; measured_delta: lr × ‖ω‖, sampling.
+    published_accuracy is of 200 epochs, and only shown beside runs of as many.
     """
-    rows, found = [], {}
-    for mode in ("normal", "sampling", "critical"):
-        for optimizer, b, good, diverged in by_point(group["runs"], mode):
-            found.setdefault((theory.OPTIMIZERS.index(optimizer), b), {})[mode] = (good, diverged)
-    for (index, b), modes in sorted(found.items()):
-        optimizer = theory.OPTIMIZERS[index]
-        good, diverged = modes.get("normal", ([], 0))
-        sampled, sampled_diverged = modes.get("sampling", ([], 0))
-        row = {"optimizer": optimizer, "batch_size": b, "seeds": len(good) + diverged, "diverged": diverged}
+    rows = []
+    for optimizer, b, runs in by_point(group["runs"], *NEEDED):
+        trained, sampled = ([r for r in runs if r["mode"] == mode] for mode in ("normal", "sampling"))
+        good = [r for r in trained if not r["diverged"]]
+        row = {"optimizer": optimizer, "batch_size": b, "seeds": len(trained), "diverged": len(trained) - len(good)}
         for key in ("accuracy", "best_accuracy", "training_loss"):
             row |= band(key, [r["results"][key] for r in good])
         paper = group["published"][optimizer]
-        row["published_accuracy"] = paper.get("accuracy", {}).get(b)
+        comparable = all(r["as_published"] for r in trained)
+        row["published_accuracy"] = paper.get("accuracy", {}).get(b) if comparable else None
         ours = next((c for c in constants if c["optimizer"] == optimizer and c["c_squared"]), {})
         for key, source in (("delta", ours), ("published_delta", paper)):
             c2, k = source.get("c_squared"), source.get("k", 0.0)
             delta = c2 and theory.degree_of_smoothing(optimizer, group["lr"], b, c2, k, group["beta"])
             row[key] = delta and float(delta)
-        row |= band("measured_delta", [r["results"]["delta"] for r in sampled])
-        rows.append(row | {"sampling_seeds": len(sampled) + sampled_diverged, "sampling_diverged": sampled_diverged})
+        measured = [r["results"]["delta"] for r in sampled if not r["diverged"]]
+        row |= band("measured_delta", measured) | {"sampling_seeds": len(sampled)}
+        rows.append(row | {"sampling_diverged": len(sampled) - len(measured)})
     return rows
 
 
 def correlations(points):
-    """Return Pearson's r and Spearman's ρ of mean accuracy with δ, over the points (optimizer, b), and their n."""
-    rows = []
+    """Return Pearson's r and Spearman's ρ of mean accuracy with δ, over the points (optimizer, b), and their n.
+
+    A point one of whose seeds diverged has no accuracy that stands for it, and is left out.
+    """
+    rows, points = [], [p for p in points if not p["diverged"]]
     for key in DELTAS:
         for who in (*theory.OPTIMIZERS, "all"):
             pairs = [(p[key], p["accuracy_mean"]) for p in points if who in (p["optimizer"], "all")]
@@ -294,23 +315,17 @@ def correlations(points):
 
 
 def normality(values):
-    """Return (z, row): the sorted standardized entries (float64), and how far they are from normal.
-
-    D'Agostino's K² and the Kolmogorov–Smirnov distance to the fitted normal use every entry; Anderson–Darling's
-    A² (5 % point 0.752) a random 5,000, seed 0. ValueError for entries that no normal could fit.
+    """Return (z, row): the sorted standardized entries (float64), and how far they are from normal: D'Agostino's
+    K² and the Kolmogorov–Smirnov distance to the fitted normal, over every entry. ValueError for entries that no
+    normal could fit.
     """
     z = np.sort(values).astype(np.float64)
     if len(z) < 20 or not np.all(np.isfinite(z)) or z[0] == z[-1]:
         raise ValueError("omega.npy: fewer than 20 entries, not all finite, or all equal")
     z = (z - z.mean()) / z.std()
     k2, p = stats.normaltest(z)
-    rank, cdf = np.arange(len(z) + 1) / len(z), stats.norm.cdf(z)
-    some = np.sort(np.random.default_rng(0).choice(z, min(len(z), 5000), replace=False))
-    some, n = (some - some.mean()) / some.std(ddof=1), len(some)
-    logs = stats.norm.logcdf(some) + stats.norm.logsf(some[::-1])
-    a2 = (-n - np.mean((2 * np.arange(1, n + 1) - 1) * logs)) * (1 + 0.75 / n + 2.25 / n**2)
-    distance = max(np.max(rank[1:] - cdf), np.max(cdf - rank[:-1]))
-    return z, {"k2": float(k2), "k2_p": float(p), "ks_distance": float(distance), "a2": float(a2), "a2_n": n}
+    distance = stats.ks_1samp(z, stats.norm.cdf, method="asymp").statistic
+    return z, {"k2": float(k2), "k2_p": float(p), "ks_distance": float(distance)}
 
 
 def envelope(norms, bins=600):
@@ -323,24 +338,39 @@ def envelope(norms, bins=600):
     return first, last, np.minimum.reduceat(norms, first - 1), np.maximum.reduceat(norms, first - 1), mean
 
 
+def as_rows(name, **arrays):
+    """Return the arrays, equally long, as rows that begin with `name`."""
+    return [{"name": name} | dict(zip(arrays, values, strict=True)) for values in zip(*arrays.values(), strict=True)]
+
+
 # --- the drawings: each returns a figure, or None where there is nothing to draw ---
 
 
 def curve(ax, rows, key, **look):
-    """Draw key's mean over seeds against b with its min–max band, and a cross where a seed diverged."""
-    if not rows:
-        return
-    there = [r for r in rows if r[f"{key}_mean"] is not None]
-    b, mean, low, high = ([r[c] for r in there] for c in ("batch_size", f"{key}_mean", f"{key}_min", f"{key}_max"))
-    ax.plot(b, mean, **look)
-    ax.fill_between(b, low, high, color=look["color"], alpha=0.25, linewidth=0)
+    """Draw key's mean over seeds against b with its min–max band, and a cross where a seed diverged.
+
+    The curve breaks where there is no value, or only a lower bound.
+    """
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel(SIZE_LABEL)
+    columns = ("batch_size", f"{key}_mean", f"{key}_min", f"{key}_max")
+    values = np.array([[r[c] for c in columns] for r in rows], float).reshape(-1, 4)  # None becomes nan
+    values[[is_bound(r) for r in rows], 1:] = np.nan
+    b, mean, low, high = values.T
+    if not np.all(np.isnan(mean)):
+        ax.plot(b, mean, **look)
+        ax.fill_between(b, low, high, color=look["color"], alpha=0.25, linewidth=0)
     for row in rows:
         if row["diverged"]:  # with no seed left to place it, on the floor
             y = row[f"{key}_mean"]
             place = (ax.get_xaxis_transform(), 0.03) if y is None else (ax.transData, y)
-            ax.plot(row["batch_size"], place[1], "xk", ms=9, transform=place[0], label="a seed diverged")
-    ax.set_xscale("log", base=2)
-    ax.set_xlabel(SIZE_LABEL)
+            ax.plot(row["batch_size"], place[1], "x", color=look["color"], ms=9, mew=2, transform=place[0])
+            ax.plot([], [], "x", color="0.3", ms=9, mew=2, label="a seed diverged")
+
+
+def is_bound(row):
+    """Whether a row's steps are only a lower bound, because some seed neither reached ε nor diverged."""
+    return row.get("reached", row["seeds"]) + row["diverged"] < row["seeds"]
 
 
 def draw_steps(rows, constants, published):
@@ -369,10 +399,10 @@ def draw_one_eps(ax, rows, key, star, look, theirs):
     """Draw the curve of one optimizer and ε with its lower bounds, b*, the theory's bound, the published curve."""
     curve(ax, rows, key, **look)
     hollow = {"linestyle": "", "mfc": "none", "mec": "k", "zorder": 5}
-    for r in rows:
-        if r["reached"] + r["diverged"] < r["seeds"]:
-            y, marker = r[f"{key}_mean"], {"marker": "^", "ms": 10, "label": "lower bound: a seed did not reach ε"}
-            ax.plot(r["batch_size"], y, **hollow | marker | {"mec": look["color"]})
+    arrow = {"marker": r"$\uparrow$", "ms": 10, "linestyle": ""}
+    for r in filter(is_bound, rows):
+        ax.plot(r["batch_size"], r[f"{key}_mean"], **arrow, color=look["color"])
+        ax.plot([], [], **arrow, color="0.3", label="lower bound: a seed did not reach ε")
     if theirs:
         ax.plot(theirs.keys(), theirs.values(), "-", marker=".", color="0.4", lw=0.8, label="published SHB")
     if star.get("b_star"):
@@ -380,7 +410,7 @@ def draw_one_eps(ax, rows, key, star, look, theirs):
         ax.plot(star["b_star"], y_at[star["b_star"]], "o", ms=12, **hollow, label="measured b*")
         if star["bound"]:
             y = np.exp(np.interp(np.log(star["bound"]), np.log([*y_at]), np.log([*y_at.values()])))
-            ax.plot(star["bound"], y, "s", ms=9, **hollow, label="theory's bound; C² from b* at the smallest ε")
+            ax.plot(star["bound"], y, "s", ms=9, **hollow, label="theory's bound; C² from b* at the reference ε")
 
 
 def draw_accuracy(points):
@@ -405,7 +435,7 @@ def draw_delta(points):
     for name, look in LOOK.items():
         part = [p for p in points if p["optimizer"] == name]
         for key, label, style in (
-            ("delta", "formula", {}),
+            ("delta", "formula", {"lw": 4 if name == "sgd" else 1.5}),  # NSHB's may lie on SGD's
             ("published_delta", "paper's C², K", {"color": "0.6", "lw": 0.9, "ms": 3}),
         ):
             if any(p[key] for p in part):
@@ -422,6 +452,7 @@ def draw_delta(points):
 def draw_accuracy_delta(points, coefficients):
     """Draw test accuracy against δ, one panel for the formula's δ and one for the measured, as far as known."""
     known = {key: [p for p in points if None not in (p[key], p["accuracy_mean"])] for key in DELTAS}
+    known = {key: [p for p in part if not p["diverged"]] for key, part in known.items()}
     known = {key: part for key, part in known.items() if part}
     if not known:
         return None
@@ -445,18 +476,18 @@ def draw_accuracy_delta(points, coefficients):
 def draw_omega(runs, rows, left_out):
     """Draw histogram and Q–Q plot of ω for one run per optimizer; return (figure, histogram, quantiles).
 
-    b is the middle one of those that all optimizers sampled (else of its own), the seed the lowest that can be
-    read. Each drawn run's tests of normality go into its row of `rows`; an unreadable ω into `left_out`.
+    b is the middle one of those that all optimizers sampled (else of its own), the seed the lowest; the next
+    where that cannot be read. Each drawn run's tests go into its row of `rows`; an unreadable ω into `left_out`.
     """
     at = {}
-    for optimizer, b, good, _ in by_point(runs, "sampling"):
-        if good:
-            at.setdefault(optimizer, {})[b] = good
+    for optimizer, b, seeds in by_point([r for r in runs if not r["diverged"]], "sampling"):
+        at.setdefault(optimizer, {})[b] = seeds
     common = set.intersection(*map(set, at.values())) if at else set()
     drawn, bars, quantiles = {}, [], []
     for optimizer, sizes in at.items():
-        choice = sorted(common or sizes)
-        for run in sizes[choice[len(choice) // 2]]:
+        middle = sorted(common or sizes)[len(common or sizes) // 2]
+        order = sorted(sizes, key=lambda b: (b not in common, abs(np.log(b / middle))))
+        for run in (run for b in order for run in sizes[b]):
             try:
                 omega = np.lib.format.open_memmap(run["folder"] / "omega.npy", mode="r")  # never unpickles
                 if omega.dtype != np.float32 or omega.shape != (run["results"]["omega_entries"],):
@@ -486,15 +517,13 @@ def draw_omega(runs, rows, left_out):
         top.set(yscale="log", xlabel="(ω_i − mean) / std", ylim=(1e-8, 3e3), title=title)
         lines = [f"{key.removeprefix('omega_').replace('_', ' ')} {row[key]:.3g}" for key in OMEGA[:4]]
         top.text(0.02, 0.98, "\n".join(lines), transform=top.transAxes, va="top", fontsize=8)
-        tests = f"K² {row['k2']:.3g}\nKS distance {row['ks_distance']:.3g}\nA² {row['a2']:.3g} (n {row['a2_n']})"
+        tests = f"K² {row['k2']:.3g}\nKS distance {row['ks_distance']:.3g}"
         top.text(0.98, 0.98, tests, transform=top.transAxes, va="top", ha="right", fontsize=8)
         bottom.plot(expected, observed, LOOK[name]["marker"], color=color, ms=3, label="quantiles of ω")
         bottom.plot(expected, expected, "k--", lw=1)
         bottom.set(xlabel="quantile of the normal")
-        for left, right, ours, theirs in zip(edges[:-1], edges[1:], density, normal, strict=True):
-            bars.append({"name": row["name"], "left": left, "right": right, "density": ours, "normal": theirs})
-        for x, y in zip(expected, observed, strict=True):
-            quantiles.append({"name": row["name"], "normal_quantile": x, "omega_quantile": y})
+        bars += as_rows(row["name"], left=edges[:-1], right=edges[1:], density=density, normal=normal)
+        quantiles += as_rows(row["name"], normal_quantile=expected, omega_quantile=observed)
     axes[0, 0].set_ylabel("density of standardized entries")
     axes[1, 0].set_ylabel("quantile of standardized entries")
     return fig, bars, quantiles
@@ -505,9 +534,9 @@ def draw_gradients(runs, left_out):
 
     Returns (figure, table of the bins drawn). A history of another length than the run's goes to `left_out`.
     """
-    at, table = {}, []
-    for optimizer, b, good, _ in by_point(runs, "critical"):
-        for run in good:
+    at, table, every_eps = {}, [], sorted({eps for r in runs for eps in r["to_eps"]})
+    for optimizer, b, seeds in by_point([r for r in runs if not r["diverged"]], "critical"):
+        for run in seeds:
             path = run["folder"] / "gradient_norms.f32"
             if path.is_file() and path.stat().st_size == 4 * run["steps"]:
                 at.setdefault(optimizer, {}).setdefault(b, run)
@@ -517,9 +546,9 @@ def draw_gradients(runs, left_out):
     if not at:
         return None, []
     picks = {o: sorted({min(bs), sorted(bs)[len(bs) // 2], max(bs)}) for o, bs in at.items()}
-    columns = max(map(len, picks.values()))
-    size = (1 + 3.2 * columns, 1 + 2.6 * len(picks))
-    fig, axes = plt.subplots(len(picks), columns, figsize=size, sharey=True, squeeze=False)
+    width = max(map(len, picks.values()))
+    size = (1 + 3.2 * width, 1 + 2.6 * len(picks))
+    fig, axes = plt.subplots(len(picks), width, figsize=size, sharey=True, squeeze=False)
     for line, (name, sizes) in zip(axes, picks.items(), strict=True):
         line[0].set_ylabel("gradient norm ‖g‖")
         for ax in line[len(sizes) :]:
@@ -527,42 +556,44 @@ def draw_gradients(runs, left_out):
         for ax, b in zip(line, sizes, strict=False):
             run, style = at[name][b], {"color": LOOK[name]["color"], "alpha": 0.4, "lw": 0.7, "step": "pre"}
             bins = envelope(np.fromfile(run["folder"] / "gradient_norms.f32", "<f4"))
-            _, last, low, high, mean = bins
+            first, last, low, high, mean = bins
             if not np.all(np.isfinite(bins)):
                 left_out[f"{run['name']} (gradient history only)"] = "gradient_norms.f32 is not all finite"
                 ax.set_axis_off()
                 continue
             ax.fill_between(last, low, high, **style, label="‖g‖, least to greatest")
             ax.plot(last, mean, "k", lw=1.2, label="running mean of ‖g‖")
-            for i, (eps, steps) in enumerate(sorted(run["to_eps"].items())):
-                style = {"color": "0.3", "lw": 0.8, "linestyle": LOOKS[i % len(LOOKS)]["linestyle"]}
+            for eps, steps in run["to_eps"].items():
+                look = LOOKS[every_eps.index(eps) % len(LOOKS)]
+                style = {"color": "0.3", "lw": 0.8, "linestyle": look["linestyle"]}
                 ax.axhline(eps, **style, label=f"ε = {eps:g}")
                 if steps:
                     ax.plot(steps, eps, "ok", mfc="white", ms=6, label="ε reached")
             ax.set(xscale="log", yscale="log", xlabel="step", title=f"{name.upper()}, b = {b}, seed {run['seed']}")
-            for values in zip(*bins, strict=True):
-                keys = ("first_step", "last_step", "norm_min", "norm_max", "running_mean")
-                table.append({"name": run["name"]} | dict(zip(keys, values, strict=True)))
-    return fig, table
+            table += as_rows(
+                run["name"], first_step=first, last_step=last, norm_min=low, norm_max=high, running_mean=mean
+            )
+    return (fig, table) if table else (None, [])
 
 
 # --- the files ---
 
 METHOD = """# Ours beside the published numbers
 
-Bands are the least and greatest seed, means are over seeds; a diverged seed only marks its point. A seed
-that did not reach ε enters with the steps it ran: such a point (reached < seeds) is a lower bound, and not
-eligible for b*. b* has the least mean SFO complexity (steps × b) of the eligible points; batch sizes are a
-grid, so the true minimum lies anywhere between b*'s neighbours. range: the b whose mean SFO is not above
-the greatest seed's at b* (none with one seed: its spread is unknown). edge <= or >=: b* is the first or
-last b known, so it is only a bound, and so is its C². undecided: some seed did not reach ε there, and its
-SFO may be as small. C² is solved from b* at one reference ε per optimizer, the smallest with a b*: there
-the bound equals b* by construction; elsewhere it is a prediction. K is the largest gradient norm in any run
-of the optimizer. measured δ is lr × ‖ω‖. Within one optimizer the formula's δ falls with b, so its rank
-correlation with accuracy is that of b itself; Pearson's r is of δ, not log δ; the points are not
-independent, so the p-values are no test. ω: K² (D'Agostino) and the KS distance to the fitted normal are
-over all entries of the runs drawn, A² (Anderson–Darling, 5 % point 0.752) over a random a2_n of them; with
-millions of entries look at distance and kurtosis, as any p-value is 0.
+Bands are the least and greatest seed, means are over seeds. A seed that did not reach ε enters with the steps
+it ran: such a point (reached < seeds) is a lower bound. A seed that diverged only marks its point. One that
+had reached ε when first looked at, after --min_epochs (at first check), may have done so before. None of these
+is eligible for b*, the point with the least mean SFO complexity (steps × b). Batch sizes are a grid, so the
+true minimum lies anywhere between b*'s neighbours. range: the b whose seeds' SFO overlaps that at b* (none
+with one seed: its spread is unknown). undecided: not eligible, and its SFO may be as small. edge <= or >=: no
+smaller or no larger b is known to need more, so b* is only a bound, and so is its C². C² is solved from b* at
+one reference ε per optimizer, the smallest whose b* is not such a bound, or else the smallest with a b*: there
+the theory's bound equals b* by construction; elsewhere it is a prediction. K is the largest gradient norm in
+any run of the optimizer that did not diverge. measured δ is lr × ‖ω‖. With C² from b*, the formula's δ of SGD
+and of NSHB is ε√(η b*/b): the same curve where their b* is the same. Within one optimizer it falls with b, so
+its rank correlation with accuracy is minus that of b; Pearson's r is of δ, not log δ; the points are not
+independent, so the p-values are no test. ω: K² (D'Agostino) and the KS distance to the fitted normal are over
+all entries of the runs drawn; with millions of entries look at distance and kurtosis, as any p-value is 0.
 """
 
 
@@ -606,7 +637,8 @@ def markdown(rows):
         low, high = (cell(row, f"{key}_{end}") if f"{key}_{end}" in row else text for end in ("min", "max"))
         return text if low == high else f"{text} [{low}, {high}]"
 
-    keys = dict.fromkeys(key.removesuffix("_mean") for row in rows for key in row)
+    band_of = {key: stem for row in rows for key in row if f"{(stem := key.removesuffix('_mean'))}_min" in row}
+    keys = dict.fromkeys(band_of.get(key, key) for row in rows for key in row)
     keys = [key for key in keys if not key.endswith(("_min", "_max")) and any(cell(row, key) != "–" for row in rows)]
     lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
     lines += [[cell(row, key) for key in keys] for row in rows]
@@ -629,7 +661,7 @@ def draw(group, out):
     omega_figure, bars, quantiles = draw_omega(runs, omega, left_out)
     gradient_figure, bins = draw_gradients(runs, left_out)
     figures = {
-        "steps": (draw_steps(rows, constants, published), "no critical runs"),
+        "steps": (draw_steps(rows, constants, published), "no critical runs that can be read"),
         "accuracy": (draw_accuracy(points), "no normal runs"),
         "delta": (draw_delta(points), "neither a C², from critical runs, nor sampling runs"),
         "accuracy_delta": (draw_accuracy_delta(points, coefficients), "no point has both accuracy and δ"),
@@ -650,23 +682,17 @@ def draw(group, out):
         if table:
             save_table(out / f"{group['slug']}_{name}", table)
             text += f"\n\n### {name.replace('_', ' ')}\n\n{markdown(table)}" if name in told else ""
+    lines += [f"{mode} runs: {shared}" for mode, shared in sorted(group["settings"].items())]
     lines += [f"used: {run['name']}" + " (diverged: marked only)" * run["diverged"] for run in runs]
     lines += [f"left out: {name}: {reason}" for name, reason in left_out.items()]
     print(*lines, sep="\n")
     return text + "\n### runs\n\n" + "".join(f"- {line}\n" for line in lines)
 
 
-class Arguments(argparse.ArgumentParser):
-    """A parser whose errors are one line, like main.py's."""
-
-    def error(self, message):
-        """Print `error: …` and exit with status 2."""
-        self.exit(2, f"error: {message}\n")
-
-
 def main():
     """Read RUNS_DIR, write DIR. Exit status 2, and nothing written, for a bad argument or no usable run."""
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line, as main.py
     parser.add_argument("runs_dir", metavar="RUNS_DIR", type=Path, help="run records, at any depth below it")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("figures"), help="default: figures")
     args = parser.parse_args()
