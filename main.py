@@ -7,6 +7,7 @@ sampling  after some steps, measure the search direction noise ω_t = d_t − �
 `python main.py --help` lists the arguments, README.md says what a run leaves behind.
 """
 
+import signal
 import sys
 from argparse import Namespace
 
@@ -21,6 +22,8 @@ if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
     except (UserError, OSError) as error:
         say("error", error)
         sys.exit(2)
+    if (HANDLER := signal.getsignal(signal.SIGINT)) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import numpy as np
 import torch
@@ -183,4 +186,5 @@ def run_and_report(args: Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, HANDLER)
     sys.exit(run_and_report(ARGS))

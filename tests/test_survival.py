@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import child
 import numpy as np
@@ -166,6 +167,19 @@ def test_signals_to_the_real_command(tmp_path):
     whole, resumed = (outcome(tmp_path / "runs" / name) for name in ("whole", "r"))
     del whole["summary"]["args"], resumed["summary"]["args"]
     assert whole == resumed
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_ctrl_c_while_torch_loads_is_no_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "main.py"), "--dataset", "digits"]
+    restore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, **restore) as process:
+        deadline = time.monotonic() + 60
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err, os.listdir(tmp_path)) == (-signal.SIGINT, "", "", [])
 
 
 def test_one_owner(tmp_path):
