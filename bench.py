@@ -11,7 +11,7 @@ device is synchronized before a clock is read. Shown are medians over the blocks
 process of its own, which waits while another's turn is: in one process they would share freed memory, and how
 that is kept is most of what ours gains on a CPU. The bare step uses our memory layout and settings.
 Every side stands at step 1 thousand; critical, at the smallest batch size, also at step 1 million. Peak memory is
-that of a side's process at the end: resident on the CPU (without DataLoader's workers), allocated on CUDA.
+that of a side's process at the end: resident on the CPU (without DataLoader's workers), reserved on CUDA.
 The images are CIFAR-100's if <data_dir>/CIFAR100.npz exists, else random ones of that shape: no download.
 
 Before a release: `python bench.py --quick --check`, on a machine that does nothing else. It takes less than two
@@ -25,13 +25,16 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
 from itertools import islice
 from math import ceil
-from multiprocessing import get_context, set_start_method
+from multiprocessing import get_context, parent_process, set_start_method
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +126,14 @@ def ours(args: argparse.Namespace, data: datasets.Data) -> Callable[[int], None]
     run = training.Training(args, view, record, None)
     run.step, run.sums = args.start, {"steps": args.start, "norm": 9.0 * args.start, "max_norm": 9.0}
     with redirect_stderr(io.StringIO()):  # not a terminal: no progress bar
-        record.begin(data.device, run.step)
+        record.begin(data.device, 0)
+    rng = np.random.default_rng(0)
+    columns = ("training_loss", "g-norm", "min_g-norm", "max_g-norm", "ave-norm")
+    for window in range(args.start // training.WINDOW):  # the record as it is after so many steps
+        row = {"steps": training.WINDOW * (window + 1), "epoch": rng.random()}
+        record.log(row | dict(zip(columns, rng.random(5).tolist(), strict=True)), show=False)
+    if args.mode == "critical":
+        record.append_norms(np.full(args.start, 9.0))
 
     def block(steps: int) -> None:
         if args.mode == "sampling":
@@ -164,32 +174,52 @@ def begin(name: str, args: argparse.Namespace) -> float:
     data = load(args, args.batchsize if name == "bare" else 50_000)
     STATE.update(block=SIDES[name](args, data), device=device, lead=5 if name == "textbook" else 1)
     timed(1)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    make_room()
+    return seconds
 
 
 def timed(steps: int) -> float:
     """Seconds a step of this process's side, from an idle device to an idle device."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(STATE["device"].type, lambda: None)
-    wait()
+    synchronize()
     start = time.perf_counter()
     STATE["block"](steps)
-    wait()
+    synchronize()
     return (time.perf_counter() - start) / steps
+
+
+def synchronize() -> None:
+    """Wait for this process's device."""
+    if STATE["device"].type == "cuda":
+        torch.cuda.synchronize(STATE["device"])
+    elif STATE["device"].type == "mps":
+        torch.mps.synchronize()
+
+
+def make_room() -> None:
+    """Leave the device's unused memory to the other sides."""
+    if STATE["device"].type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def timed_block(steps: int) -> float:
     """As `timed`, after as many untimed batches as DataLoader's workers have ready after a pause."""
     timed(STATE["lead"])
     seconds = timed(steps)
-    if STATE["device"].type == "cuda":
-        torch.cuda.empty_cache()  # the other sides need it meanwhile
+    make_room()
     return seconds
 
 
+def leave_with_parent() -> None:
+    """End this process when the one that measures is gone, however it ended."""
+    gone = parent_process().sentinel
+    threading.Thread(target=lambda: (wait([gone]), os._exit(1)), daemon=True).start()
+
+
 def peak() -> int:
-    """Peak memory of this process in bytes: resident on the CPU, of tensors on CUDA."""
+    """Peak memory of this process in bytes: resident on the CPU; on CUDA what it reserved, as a graph's counts too."""
     if STATE["device"].type == "cuda":
-        return torch.cuda.max_memory_allocated(STATE["device"])
+        return torch.cuda.max_memory_reserved(STATE["device"])
     if STATE["device"].type == "mps":
         return torch.mps.driver_allocated_memory()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -225,7 +255,8 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
             argv += ["--wandb_mode", "disabled", *["--compile"] * (name == "graphed")]
             each[side] = arguments.parse([*map(str, argv)])
             each[side].start = start
-        pools = {side: stack.enter_context(ProcessPoolExecutor(1, context)) for side in sides}
+        pool = partial(ProcessPoolExecutor, 1, context, leave_with_parent)
+        pools = {side: stack.enter_context(pool()) for side in sides}
         first = {side: pools[side].submit(begin, side[0], each[side]).result() for side in sides}
         times = alternate(pools, data.size, images, args.seconds, args.rounds)
         peaks = {side: pools[side].submit(peak).result() for side in sides}
@@ -307,32 +338,40 @@ def run(argv: list[str]) -> int:
     args = parse(argv)
     device, rows = utils.pick_device(args.device), []
     utils.set_up(args)
-    data, names = load(args), ("textbook", "ours", *["graphed"] * args.compile)
+    data, names, failed = load(args), ("textbook", "ours", *["graphed"] * args.compile), []
     machine = utils.environment(device) | {"cores": os.cpu_count(), "real": (args.data_dir / "CIFAR100.npz").exists()}
+    content = {"environment": machine, "arguments": vars(args), "rows": rows, "failed": failed}
     print(f"{machine}\n{HEADER}")
+    points = []
     for model in args.models:
         for images in args.batchsizes:
             sides = [(name, mode, EARLY) for mode in MODES[:2] if mode in args.modes for name in names]
             if "critical" in args.modes and images == min(args.batchsizes):
                 sides += [(name, "critical", LATE) for name in names]
-            if sides:
-                rows += measure(args, data, model, images, [("bare", "normal", EARLY), *sides])
-                print(*map(line, rows[-len(sides) - 1 :]), sep="\n", flush=True)
+            points += [(model, images, [("bare", "normal", EARLY), *sides])] if sides else []
         if "sampling" in args.modes:
             sides = [("bare", "sampling", EARLY), ("ours", "sampling", EARLY)]
-            rows += measure(args, data, model, args.full_grad_batchsize, sides)
-            print(*map(line, rows[-2:]), sep="\n", flush=True)
+            points.append((model, args.full_grad_batchsize, sides))
+    for model, images, sides in points:
+        try:
+            found = measure(args, data, model, images, sides)
+        except RuntimeError as error:  # out of memory, a side's process killed, training diverged: the rest goes on
+            failed.append(f"{model} b={images} {sides[-1][1]}: {type(error).__name__}: {error}")
+            arguments.say("warning", f"not measured: {failed[-1]}")
+            continue
+        rows += found
+        print(*map(line, found), sep="\n", flush=True)
+        utils.write_json(args.out, content)  # so that what is measured outlives whatever comes
     # Few blocks contain the start of an epoch, so it is shown by itself.
     STATE.update(block=lambda number: next(data.epoch(number, 1)), device=device)
     epoch = min(timed(1) for _ in range(5))
-    content = {"environment": machine, "arguments": vars(args), "seconds_to_begin_an_epoch": epoch, "rows": rows}
-    utils.write_json(args.out, content)
+    utils.write_json(args.out, content | {"seconds_to_begin_an_epoch": epoch})
     print(f"to begin an epoch: {1e3 * epoch:.1f} ms\nwritten: {args.out}")
     ratios = [(label(row), key, value) for row in rows for key, value in row["ratios"].items()]
     low = [f"{name}: {key} is {value:.3f}, below {BOUNDS[key]}" for name, key, value in ratios if value < BOUNDS[key]]
     if args.check:
         print("check: " + ("; ".join(low) or "every ratio is within its bound"))
-    return int(args.check and bool(low))
+    return int(bool(failed) or (args.check and bool(low)))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class Data:
         self.y_test = torch.from_numpy(arrays["y_test"]).to(device, torch.int64)
         self.mean = torch.tensor(spec.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(spec.std, device=device).view(3, 1, 1)
+        self.white = torch.tensor(255.0, device=device)  # CUDA would multiply by a number's inexact reciprocal
         self.grid = torch.arange(1024, dtype=torch.int32, device=device)
 
     def epoch(self, number: int, batchsize: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,7 +118,7 @@ class Data:
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (b, 32, 32, 3) → float32 (b, 3, 32, 32), with the arithmetic of ToTensor and Normalize."""
         x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.layout)
-        return x.div_(255).sub_(self.mean).div_(self.std)
+        return x.div_(self.white).sub_(self.mean).div_(self.std)
 
 
 def draw_augmentation(rng: np.random.Generator, n: int, angle: float) -> np.ndarray:

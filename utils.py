@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(mmap_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # before glibc 2.35 the most there is
         mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -270,6 +270,7 @@ class Record:
         summary |= {"seconds": self.elapsed(), "args": vars(self.args), "results": results}
         write_json(self.directory / "summary.json", summary)
         flat = {k: v for k, v in plain(results).items() if not isinstance(v, dict)}
+        flat.pop("accuracy", None)  # define_metric has its last and its greatest value there
         for name in ("steps_to_eps", "sfo"):
             flat |= {f"{name}/{eps}": v for eps, v in results.get(name, {}).items()}
         self.to_wandb(lambda run: run.summary.update(flat | {"status": status}))

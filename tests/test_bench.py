@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ def test_blocks_are_one_unbroken_run_of_so_many_updates(networks, tmp_path, monk
         assert torch.equal(p, q)
     if mode == "critical":
         norms = [np.fromfile(tmp_path / name / NORMS, "<f4") for name in ("x", "once")]
-        assert len(norms[0]) == 29 and np.array_equal(*norms)
+        assert len(norms[0]) == start + 29 and np.array_equal(*norms)
 
 
 def test_sampling_compares_the_same_gradient(networks, tmp_path, monkeypatch):
@@ -224,6 +225,45 @@ def test_check_names_the_ratio_and_its_bound(bound, status, monkeypatch, tmp_pat
     assert said.startswith("check: ")
     assert ("ResNet20 b=8 ours normal: over_bare is 1.500, below 1.6" in said) == bool(status)
     assert bench.run(argv) == 0
+
+
+def test_a_point_that_cannot_be_measured_is_named_and_the_others_stand(monkeypatch, tmp_path, capsys):
+    def measure(args, data, model, images, sides):
+        if images == 16:
+            raise torch.OutOfMemoryError("no room\nat all")
+        return []
+
+    monkeypatch.setattr(bench, "measure", measure)
+    argv = ["--batchsizes", "8", "16", "32", "--modes", "normal", "--device", "cpu", "--data_dir", str(tmp_path)]
+    assert bench.run([*argv, "--out", str(tmp_path / "o.json")]) == 1
+    assert capsys.readouterr().err == "warning: not measured: ResNet18 b=16 normal: OutOfMemoryError: no room at all\n"
+    assert len(json.loads((tmp_path / "o.json").read_text())["failed"]) == 1
+
+
+def test_no_side_outlives_the_command(tmp_path):
+    (tmp_path / "command.py").write_text(COMMAND)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "command.py", "--quick", "--seconds", "1000", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=-3, stderr=-3, start_new_session=True)
+
+    def processes():
+        listed = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True, text=True).stdout
+        return sum(not state.startswith("Z") for state in listed.split())
+
+    def wait_until(reached):
+        deadline = time.monotonic() + 60
+        while not reached(processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert reached(processes()), processes()
+
+    try:
+        wait_until(lambda n: n >= 9)  # the command, the fork server, five sides and two workers, at least
+        process.kill()
+        process.wait()
+        wait_until(lambda n: n == 0)
+    finally:
+        if processes():
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
+import copy
 import csv
 import platform
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,40 +298,67 @@ def test_bf16_differs_and_still_learns(tmp_path):
     assert losses["bf16"] == pytest.approx(losses["ieee"], rel=0.05)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_graphed_and_eager_trajectories_agree(optimizer):
-    losses, states = [], []
-    for flags in ([], ["--compile"]):
-        args = arguments.parse(
-            [
-                "--dataset",
-                "digits",
-                "--model",
-                "ResNet20",
-                "--optimizer",
-                optimizer,
-                "--batchsize",
-                "100",
-                "--deterministic",
-                *flags,
-            ]
-        )
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A function that makes a Training of the real ResNet20 on the first GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setitem(models._MODELS, "ResNet20", models.ResNet20)
+    benchmark = torch.backends.cudnn.benchmark
+
+    def make(*flags):
+        args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", *map(str, flags)])
         main.set_up(args)
         data = datasets.load("digits", Path("unused"), torch.device("cuda:0"), 0)
-        run = training.Training(args, data, None, None)
-        run.last = 210
-        losses.append(np.concatenate([w.losses for w in run.windows()]))
-        states.append([v.cpu() for v in run.model.state_dict().values()])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    for p, q in zip(*states, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        return training.Training(args, data, None, None)
+
+    yield make
+    torch.backends.cudnn.benchmark = benchmark
+    torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_no_step_waits_for_the_gpu():
-    args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", "--batchsize", "8"])
-    run = training.Training(args, datasets.load("digits", Path("unused"), torch.device("cuda:0"), 0), None, None)
+def trajectory(run, last):
+    """Losses, gradient norms and the weights that `run` ends with."""
+    run.last = last
+    windows = list(run.windows())
+    values = [np.concatenate([getattr(w, key) for w in windows]) for key in ("losses", "norms")]
+    return *values, [v.cpu() for v in run.model.state_dict().values()]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_graphed_and_eager_trajectories_agree(on_gpu, optimizer):
+    """From the start, and from a checkpoint whose momentum the graph must take over."""
+    flags = ("--optimizer", optimizer, "--batchsize", 100, "--lr", 0.01, "--deterministic")
+    eager, contents = on_gpu(*flags), []
+    eager.record = SimpleNamespace(save_checkpoint=contents.append, bar=SimpleNamespace(update=lambda: None))
+    head = trajectory(eager, 110)
+    eager.save()
+    saved = copy.deepcopy(contents[0])
+    tail = trajectory(eager, 320)
+    whole = [np.concatenate(pair) for pair in zip(head[:2], tail[:2], strict=True)]
+    resumed = on_gpu(*flags, "--compile")
+    resumed.load(saved)
+    for run, expected in ((on_gpu(*flags, "--compile"), (*whole, tail[2])), (resumed, tail)):
+        *values, weights = trajectory(run, 320)
+        for got, want in zip(values, expected[:2], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-3)
+        for p, q in zip(weights, expected[2], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_capturing_leaves_no_trace(on_gpu):
+    run, eager = on_gpu("--batchsize", 100, "--compile"), on_gpu("--batchsize", 100)
+    random = torch.cuda.get_rng_state(), torch.get_rng_state()
+    for x, y in islice(run.data.epoch(0, 100), 3):
+        torch.testing.assert_close(run.train_step(x, y), eager.train_step(x, y), rtol=1e-4, atol=1e-4)
+    for p, q in zip(run.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert torch.equal(random[0], torch.cuda.get_rng_state()) and torch.equal(random[1], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_no_step_waits_for_the_gpu(on_gpu, flags):
+    run = on_gpu("--batchsize", 8, *flags)
     run.last, step = 100, run.train_step
     list(run.windows())
     run.last = 150
@@ -348,18 +378,18 @@ def test_no_step_waits_for_the_gpu():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
 def test_what_a_step_frees_serves_the_next_one():
-    """In pages that the system had to clear: next to none with main.py's settings, tens of thousands without."""
+    """In pages that the system had to clear: next to none with main.py's settings."""
     program = """if True:
         import resource, sys, torch, utils
         if sys.argv[1] == "keep":
             utils.keep_freed_memory()
         for _ in range(20):  # the heap takes a few to settle
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(10_000_000).add(1)
+            torch.ones(6_000_000).add(1)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     faults = {}
     for how in ("keep", "default"):
         command = [sys.executable, "-c", program, how]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         faults[how] = int(done.stdout.split()[-1])
-    assert faults["keep"] < 1000 < 10_000 < faults["default"]
+    assert faults["keep"] < 1000  # by default there are 11,700, unless the system has huge pages

@@ -71,15 +71,23 @@ def test_offline_files_hold_what_a_dashboard_needs(tmp_path):
 
 
 def test_the_paper_s_names_are_logged(tmp_path):
-    for mode, names in (
-        ("normal", {"training_acc", "training_loss", "accuracy", "steps"}),
-        ("critical", {"g-norm", "ave-norm", "steps"}),
+    for mode, names, ends in (
+        ("normal", {"training_acc", "training_loss", "accuracy", "steps"}, {"best_accuracy", "max_gradient_norm"}),
+        ("critical", {"g-norm", "ave-norm", "steps"}, {"steps_to_eps/0.5", "sfo/0.5", "mean_gradient_norm"}),
     ):
         name = f"{mode}-seed0"
         done = run_main(*ARGS, "--name", name, "--mode", mode, "--max_steps", 4, cwd=tmp_path, env=CLEAN)
         assert done.returncode == 0, done
-        history = [items(r.history.item) for r in records(tmp_path / "runs" / name) if r.HasField("history")]
+        found = records(tmp_path / "runs" / name)
+        history = [items(r.history.item) for r in found if r.HasField("history")]
         assert history and all(names <= h.keys() for h in history)
+        totals = {}
+        for record in found:
+            totals |= items(record.summary.update)
+        assert ends <= totals.keys()
+        if mode == "normal":  # the last and the greatest value, also after the end
+            accuracies = [h["accuracy"] for h in history]
+            assert totals["accuracy"] == {"last": accuracies[-1], "max": max(accuracies)}
 
 
 def test_in_a_terminal_a_missing_key_is_not_asked_for(tmp_path):
