@@ -581,19 +581,20 @@ def draw_gradients(runs, left_out):
 METHOD = """# Ours beside the published numbers
 
 Bands are the least and greatest seed, means are over seeds. A seed that did not reach ε enters with the steps
-it ran: such a point (reached < seeds) is a lower bound. A seed that diverged only marks its point. One that
-had reached ε when first looked at, after --min_epochs (at first check), may have done so before. None of these
-is eligible for b*, the point with the least mean SFO complexity (steps × b). Batch sizes are a grid, so the
-true minimum lies anywhere between b*'s neighbours. range: the b whose seeds' SFO overlaps that at b* (none
-with one seed: its spread is unknown). undecided: not eligible, and its SFO may be as small. edge <= or >=: no
-smaller or no larger b is known to need more, so b* is only a bound, and so is its C². C² is solved from b* at
-one reference ε per optimizer, the smallest whose b* is not such a bound, or else the smallest with a b*: there
-the theory's bound equals b* by construction; elsewhere it is a prediction. K is the largest gradient norm in
-any run of the optimizer that did not diverge. measured δ is lr × ‖ω‖. With C² from b*, the formula's δ of SGD
-and of NSHB is ε√(η b*/b): the same curve where their b* is the same. Within one optimizer it falls with b, so
-its rank correlation with accuracy is minus that of b; Pearson's r is of δ, not log δ; the points are not
-independent, so the p-values are no test. ω: K² (D'Agostino) and the KS distance to the fitted normal are over
-all entries of the runs drawn; with millions of entries look at distance and kurtosis, as any p-value is 0.
+it ran: such a point (reached < seeds) is a lower bound. A seed that diverged only marks its point. One that had
+reached ε when first looked at, after --min_epochs (at first check), may have done so before. None of these is
+eligible for b*, the point with the least mean SFO complexity (steps × b). Batch sizes are a grid, so the true
+minimum lies anywhere between b*'s neighbours. range: the b whose seeds' SFO overlaps that at b* (none with one
+seed: its spread is unknown). undecided: not eligible, and its SFO may be as small. edge <= or >=: no smaller or
+no larger b is known to need more, so b* is only a bound, and so is its C². C² is solved from b* at one
+reference ε per optimizer, the smallest whose b* is not such a bound, or else the smallest with a b*: there the
+theory's bound equals b* by construction; elsewhere it is a prediction (drawn at the curve's end if it lies
+beyond). K is the largest gradient norm in any run of the optimizer that did not diverge. measured δ is lr ×
+‖ω‖. With C² from b*, the formula's δ of SGD and of NSHB is ε√(η b*/b): the same curve where their b* is the
+same. Within one optimizer it falls with b, so its rank correlation with accuracy is minus that of b; Pearson's
+r is of δ, not log δ; the points are not independent, so the p-values are no test. ω: K² (D'Agostino) and the KS
+distance to the fitted normal are over all entries of the runs drawn; with millions of entries look at distance
+and kurtosis, as any p-value is 0.
 """
 
 
