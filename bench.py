@@ -370,7 +370,8 @@ def run(argv: list[str]) -> int:
     ratios = [(label(row), key, value) for row in rows for key, value in row["ratios"].items()]
     low = [f"{name}: {key} is {value:.3f}, below {BOUNDS[key]}" for name, key, value in ratios if value < BOUNDS[key]]
     if args.check:
-        print("check: " + ("; ".join(low) or "every ratio is within its bound"))
+        missing = [f"not measured: {point}" for point in failed]
+        print("check: " + ("; ".join(low + missing) or "every ratio is within its bound"))
     return int(bool(failed) or (args.check and bool(low)))
 
 

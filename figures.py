@@ -151,7 +151,8 @@ def combinations(runs):
                 key = (run["mode"], run["optimizer"], run["batchsize"], run["seed"])
                 if (first := seen.setdefault(key, run)) is not run:
                     left_out[run["name"]] = f"same optimizer, batch size and seed as {first['name']}"
-                    first["to_eps"] |= {e: first["to_eps"].get(e) or steps for e, steps in run["to_eps"].items()}
+                    more = {eps: n for eps, n in run["to_eps"].items() if n or not run["diverged"]}
+                    first["to_eps"] |= {eps: first["to_eps"].get(eps) or n for eps, n in more.items()}
             model_of_paper = model if dataset == "CIFAR100" and lr == 0.1 and beta in (0.9, None) else None
             groups.append(
                 {
@@ -172,8 +173,11 @@ def combinations(runs):
 
 def band(name, values):
     """Return {name_mean, name_min, name_max} over seeds, None where there is no value."""
-    found = [float(f(values)) for f in (np.mean, np.min, np.max)] if values else [None] * 3
-    return dict(zip((f"{name}_mean", f"{name}_min", f"{name}_max"), found, strict=True))
+    low, high = (min(values), max(values)) if values else (None, None)
+    mean = (
+        min(max(float(np.mean(values)), low), high) if values else None
+    )  # rounding put the mean of equals beside them
+    return {f"{name}_mean": mean, f"{name}_min": low, f"{name}_max": high}
 
 
 def by_point(runs, *modes):
@@ -221,7 +225,8 @@ def critical_batch_size(rows):
 
     Eligible are the points all of whose seeds reached ε, and after the first check; two at least. range: the b
     whose seeds' SFO overlaps that at b*; none for one seed. undecided: the b that are not eligible and whose SFO
-    may be as small. edge: "<=" or ">=" where no b below or above b* is known to need more: it is only a bound.
+    may be as small. edge: "<=" or ">=" where the next b below or above b* is not known to need more, so that b* is
+    only a bound; "?" where neither is.
     """
     whole = [r for r in rows if r["reached"] == r["seeds"] and not r["at_first_check"]]
     if len(whole) < 2:
@@ -231,9 +236,10 @@ def critical_batch_size(rows):
     lower = [0 if r["at_first_check"] or r["sfo_mean"] is None else r["sfo_mean"] for r in rows]
     undecided = [r not in whole and low <= limit for r, low in zip(rows, lower, strict=True)]
     near = [r["batch_size"] for r in whole if r["sfo_min"] <= limit and best["seeds"] > 1]
+    open_below, open_above = at == 0 or undecided[at - 1], at == len(rows) - 1 or undecided[at + 1]
     return {
         "b_star": best["batch_size"],
-        "edge": "<=" if at == 0 or undecided[at - 1] else ">=" if at == len(rows) - 1 or undecided[at + 1] else "",
+        "edge": {(0, 0): "", (1, 0): "<=", (0, 1): ">=", (1, 1): "?"}[open_below, open_above],
         "range": " ".join(map(str, near)),
         "seeds": best["seeds"],
         "undecided": " ".join(str(r["batch_size"]) for r, open_ in zip(rows, undecided, strict=True) if open_),
@@ -283,13 +289,14 @@ def point_table(group, constants):
         for key in ("accuracy", "best_accuracy", "training_loss"):
             row |= band(key, [r["results"][key] for r in good])
         paper = group["published"][optimizer]
-        comparable = all(r["as_published"] for r in trained)
+        comparable = good and all(r["as_published"] for r in good)
         row["published_accuracy"] = paper.get("accuracy", {}).get(b) if comparable else None
         ours = next((c for c in constants if c["optimizer"] == optimizer and c["c_squared"]), {})
         for key, source in (("delta", ours), ("published_delta", paper)):
-            c2, k = source.get("c_squared"), source.get("k", 0.0)
-            delta = c2 and theory.degree_of_smoothing(optimizer, group["lr"], b, c2, k, group["beta"])
-            row[key] = delta and float(delta)
+            c2, k = source.get("c_squared"), source.get("k")
+            known = c2 is not None and (k is not None or optimizer != "shb")  # K is in SHB's δ only
+            delta = known and theory.degree_of_smoothing(optimizer, group["lr"], b, c2, k or 0.0, group["beta"])
+            row[key] = float(delta) if known else None
         measured = [r["results"]["delta"] for r in sampled if not r["diverged"]]
         row |= band("measured_delta", measured) | {"sampling_seeds": len(sampled)}
         rows.append(row | {"sampling_diverged": len(sampled) - len(measured)})
@@ -585,16 +592,16 @@ it ran: such a point (reached < seeds) is a lower bound. A seed that diverged on
 reached ε when first looked at, after --min_epochs (at first check), may have done so before. None of these is
 eligible for b*, the point with the least mean SFO complexity (steps × b). Batch sizes are a grid, so the true
 minimum lies anywhere between b*'s neighbours. range: the b whose seeds' SFO overlaps that at b* (none with one
-seed: its spread is unknown). undecided: not eligible, and its SFO may be as small. edge <= or >=: no smaller or
-no larger b is known to need more, so b* is only a bound, and so is its C². C² is solved from b* at one
-reference ε per optimizer, the smallest whose b* is not such a bound, or else the smallest with a b*: there the
-theory's bound equals b* by construction; elsewhere it is a prediction (drawn at the curve's end if it lies
-beyond). K is the largest gradient norm in any run of the optimizer that did not diverge. measured δ is lr ×
-‖ω‖. With C² from b*, the formula's δ of SGD and of NSHB is ε√(η b*/b): the same curve where their b* is the
-same. Within one optimizer it falls with b, so its rank correlation with accuracy is minus that of b; Pearson's
-r is of δ, not log δ; the points are not independent, so the p-values are no test. ω: K² (D'Agostino) and the KS
-distance to the fitted normal are over all entries of the runs drawn; with millions of entries look at distance
-and kurtosis, as any p-value is 0.
+seed: its spread is unknown). undecided: not eligible, and its SFO may be as small. edge <= or >=: the next
+smaller or larger b is not known to need more, so b* is only a bound, and so is its C²; ?: neither is. C² is
+solved from b* at one reference ε per optimizer, the smallest whose b* is not such a bound, or else the smallest
+with a b*: there the theory's bound equals b* by construction; elsewhere it is a prediction (drawn at the
+curve's end if it lies beyond). K is the largest gradient norm in any run of the optimizer that did not diverge.
+measured δ is lr × ‖ω‖. With C² from b*, the formula's δ of SGD and of NSHB is ε√(η b*/b): the same curve where
+their b* is the same. Within one optimizer it falls with b, so its rank correlation with accuracy is minus that
+of b; Pearson's r is of δ, not log δ; the points are not independent, so the p-values are no test. ω: K²
+(D'Agostino) and the KS distance to the fitted normal are over all entries of the runs drawn; with millions of
+entries look at distance and kurtosis, as any p-value is 0.
 """
 
 

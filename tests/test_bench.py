@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -204,10 +205,10 @@ def test_what_comes_before_a_block_is_not_timed(monkeypatch):
 
     def block(steps):
         calls.append(steps)
-        time.sleep(0.02 if steps == 3 else 0.5)
+        time.sleep(0.02 if steps == 3 else 2)
 
     monkeypatch.setattr(bench, "STATE", {"block": block, "device": device, "lead": 5})
-    assert 0.02 / 3 <= bench.timed_block(3) < 0.1
+    assert 0.02 / 3 <= bench.timed_block(3) < 0.6
     assert calls == [5, 3]
 
 
@@ -235,11 +236,14 @@ def test_a_point_that_cannot_be_measured_is_named_and_the_others_stand(monkeypat
 
     monkeypatch.setattr(bench, "measure", measure)
     argv = ["--batchsizes", "8", "16", "32", "--modes", "normal", "--device", "cpu", "--data_dir", str(tmp_path)]
-    assert bench.run([*argv, "--out", str(tmp_path / "o.json")]) == 1
-    assert capsys.readouterr().err == "warning: not measured: ResNet18 b=16 normal: OutOfMemoryError: no room at all\n"
+    assert bench.run([*argv, "--check", "--out", str(tmp_path / "o.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "check: not measured: ResNet18 b=16" in out
+    assert err == "warning: not measured: ResNet18 b=16 normal: OutOfMemoryError: no room at all\n"
     assert len(json.loads((tmp_path / "o.json").read_text())["failed"]) == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks ps for a session")
 def test_no_side_outlives_the_command(tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -262,7 +266,7 @@ def test_no_side_outlives_the_command(tmp_path):
         process.wait()
         wait_until(lambda n: n == 0)
     finally:
-        if processes():
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 

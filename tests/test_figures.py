@@ -332,6 +332,13 @@ def test_c_squared_comes_from_the_smallest_eps_whose_b_star_is_no_bound(tmp_path
     assert [round(rows[e]["bound"]) for e in (0.4, 0.7, 1.0)] == [1600, 522, 256]
 
 
+def test_b_star_between_open_neighbours_is_no_bound_either():
+    star = figures.critical_batch_size(rows_of((8, [4.0], 1, 0), (16, [], 0, 1), (32, [9.0], 1, 0)))
+    assert (star["b_star"], star["edge"], star["undecided"]) == (8, "?", "16")
+    star = figures.critical_batch_size(rows_of((8, [], 0, 1), (16, [4.0], 1, 0), (32, [], 0, 1), (64, [9.0], 1, 0)))
+    assert (star["b_star"], star["edge"], star["undecided"]) == (16, "?", "8 32")
+
+
 def test_a_mean_below_eps_at_the_first_check_is_no_measurement(tmp_path):
     for b, n in ((8, 6250 * 11), (16, 3125 * 11), (32, 40_000), (64, 19_000), (128, 12_000)):
         critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n)
@@ -363,10 +370,32 @@ def test_what_a_run_reached_before_it_diverged_counts(tmp_path):
     assert done.returncode == 0 and "not drawn: steps" not in done.stdout, done
 
 
+def test_an_optimizer_all_of_whose_runs_diverged_has_steps_but_no_k(tmp_path):
+    for b, n in ((8, 200), (16, 90), (32, 80)):
+        for optimizer in ("shb", "nshb"):
+            lost = {"steps": 300, "status": "diverged", "k": None}
+            critical(tmp_path, optimizer, b, 0, {"1.0": n, "0.5": None}, **lost)
+    done = command(tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done
+    points = {(r["optimizer"], r["batch_size"]): r for r in table(tmp_path / "out", "points")}
+    assert points["shb", "8"]["delta"] == "" != points["nshb", "8"]["delta"]
+    assert {r["published_accuracy"] for r in points.values()} == {""}
+
+
+def test_equal_accuracies_make_a_band_of_no_width(tmp_path):
+    for seed in range(3):
+        normal(tmp_path, "shb", 8, seed, 93.61111111111111)
+        sampling(tmp_path, "shb", 8, seed, 0.5, np.random.default_rng(seed).normal(size=4000))
+    done = command(tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done
+    (row,) = table(tmp_path / "out", "points")
+    assert row["accuracy_min"] == row["accuracy_mean"] == row["accuracy_max"]
+
+
 def test_a_second_run_of_a_seed_adds_what_it_reached_and_the_longer_one_stays(tmp_path):
     critical(tmp_path, "shb", 16, 0, {"1.0": 200}, steps=200, name="a")
     critical(tmp_path, "shb", 16, 0, {"0.7": 400, "0.5": None}, steps=500, status="not_reached", name="b")
-    critical(tmp_path, "shb", 16, 0, {"0.7": None}, steps=900, status="diverged", k=None, name="c")
+    critical(tmp_path, "shb", 16, 0, {"0.4": None}, steps=900, status="diverged", k=None, name="c")
     (group,) = figures.combinations(figures.read_runs(tmp_path)[0])
     (run,) = group["runs"]
     assert run["name"].endswith("-nameb") and run["to_eps"] == {1.0: 200, 0.7: 400, 0.5: None}
