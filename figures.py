@@ -316,7 +316,7 @@ def correlations(points):
             row = {"delta": key, "optimizer": who, "n": len(pairs)}
             if len(pairs) >= 3 and np.all(np.ptp(pairs, axis=0) > 0):
                 for name, test in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-                    row[name], row[f"{name}_p"] = map(float, test(*pairs.T))
+                    row[name] = float(test(*pairs.T)[0])
             rows += [row] if len(pairs) else []
     return rows
 
@@ -599,7 +599,7 @@ with a b*: there the theory's bound equals b* by construction; elsewhere it is a
 curve's end if it lies beyond). K is the largest gradient norm in any run of the optimizer that did not diverge.
 measured δ is lr × ‖ω‖. With C² from b*, the formula's δ of SGD and of NSHB is ε√(η b*/b): the same curve where
 their b* is the same. Within one optimizer it falls with b, so its rank correlation with accuracy is minus that
-of b; Pearson's r is of δ, not log δ; the points are not independent, so the p-values are no test. ω: K²
+of b; Pearson's r is of δ, not log δ; the points are not independent, so no p-values are given. ω: K²
 (D'Agostino) and the KS distance to the fitted normal are over all entries of the runs drawn; with millions of
 entries look at distance and kurtosis, as any p-value is 0.
 """
