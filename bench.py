@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from functools import partial
 from itertools import islice
 from math import ceil
 from multiprocessing import get_context, parent_process, set_start_method
@@ -255,8 +254,7 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
             argv += ["--wandb_mode", "disabled", *["--compile"] * (name == "graphed")]
             each[side] = arguments.parse([*map(str, argv)])
             each[side].start = start
-        pool = partial(ProcessPoolExecutor, 1, context, leave_with_parent)
-        pools = {side: stack.enter_context(pool()) for side in sides}
+        pools = {side: stack.enter_context(ProcessPoolExecutor(1, context, leave_with_parent)) for side in sides}
         first = {side: pools[side].submit(begin, side[0], each[side]).result() for side in sides}
         times = alternate(pools, data.size, images, args.seconds, args.rounds)
         peaks = {side: pools[side].submit(peak).result() for side in sides}

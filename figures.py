@@ -174,9 +174,8 @@ def combinations(runs):
 def band(name, values):
     """Return {name_mean, name_min, name_max} over seeds, None where there is no value."""
     low, high = (min(values), max(values)) if values else (None, None)
-    mean = (
-        min(max(float(np.mean(values)), low), high) if values else None
-    )  # rounding put the mean of equals beside them
+    # Rounding can put the mean of equal values beside them.
+    mean = float(np.clip(np.mean(values), low, high)) if values else None
     return {f"{name}_mean": mean, f"{name}_min": low, f"{name}_max": high}
 
 

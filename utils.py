@@ -386,7 +386,6 @@ def start_wandb(args: Namespace, directory: Path, config: dict):
             import wandb
 
             sys.stdin = open(os.devnull)  # noqa: SIM115 (without a key it must fail, not ask and wait)
-
             run = wandb.init(
                 entity=args.wandb_entity if has_entity else None,
                 project=args.wandb_project,
