@@ -1,6 +1,8 @@
 """The command line: every flag, checked before anything slow or lasting happens, and the state of a run."""
 
 import argparse
+import difflib
+import functools
 import json
 import math
 import os
@@ -15,11 +17,22 @@ MODELS = ("ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20")
 WANDB_MODES = ("online", "offline", "disabled")
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
 
-# What may differ between a run and its resumption: where it runs and what is logged, and the two caps.
-FREE_ON_RESUME = {
+# What has no say in the result: where a run lives, and what is logged.
+ADMINISTRATION = {
     *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every", "print_name"),
-    *("wandb_entity", "wandb_project", "wandb_mode", "epochs", "max_steps"),
+    *("wandb_entity", "wandb_project", "wandb_mode"),
 }
+# What a run can still be given more of when it is resumed; main.py sees to it that it is not less.
+EXTENSIBLE = {"epochs", "max_steps", "eps"}
+ONE_MODE_ONLY = {
+    "epochs": "normal",
+    "eps": "critical",
+    "min_epochs": "critical",
+    "steps": "sampling",
+    "full_grad_batchsize": "sampling",
+}
+# What else people call the flags.
+SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
 
 
 class UserError(Exception):
@@ -31,13 +44,39 @@ def say(kind: str, message: object) -> None:
     print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+@functools.cache
+def warn(message: str) -> None:
+    """`say` a warning; the same one only once, however often it is come upon."""
+    say("warning", message)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError for a wrong command line, instead of printing the usage and exiting."""
 
     def error(self, message: str):
         """Called by argparse."""
-        unknown = message.startswith("unrecognized")
-        raise UserError(f"{message}; --help lists what is allowed" if unknown else message)
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message:
+            raise UserError(message)
+        flag = re.split("[ =]", unknown)[0].lstrip("-")
+        known = [action.dest for action in self._actions]
+        meant = SYNONYMS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
+        hint = f"; did you mean --{meant}?" if meant else ""
+        raise UserError(f"{message}{hint}; --help lists what is allowed")
+
+
+def one_of(*allowed: str):
+    """A converter for argparse that takes one of some names, and guesses which was meant by another."""
+
+    def convert(text: str):
+        if text not in allowed:
+            folded = {name.lower(): name for name in allowed}
+            meant = difflib.get_close_matches(text.lower(), folded, 1)
+            hint = f"; did you mean {folded[meant[0]]}?" if meant else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}{hint}")
+        return text
+
+    return {"type": convert, "choices": allowed}
 
 
 def number(kind: type, allowed: str, check: Callable):
@@ -50,7 +89,8 @@ def number(kind: type, allowed: str, check: Callable):
         except (ValueError, OverflowError):
             good = False
         if not good:
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}")
+            hint = "; where several are allowed, spaces separate them" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}{hint}")
         return value
 
     return convert
@@ -96,10 +136,10 @@ def build_parser() -> argparse.ArgumentParser:
         "130 or 143 stopped with a checkpoint.",
     )
     add = parser.add_argument_group("the experiment (paper, section 2)").add_argument
-    add("--mode", choices=("normal", "critical", "sampling"), default="normal", help="which of the three")
-    add("--dataset", choices=tuple(TRAINING_IMAGES), default="CIFAR100", help="digits needs no download")
-    add("--model", choices=MODELS, default="ResNet18", help="network")
-    add("--optimizer", choices=("sgd", "shb", "nshb"), default="shb", help="search direction")
+    add("--mode", **one_of("normal", "critical", "sampling"), default="normal", help="which of the three")
+    add("--dataset", **one_of(*TRAINING_IMAGES), default="CIFAR100", help="digits needs no download")
+    add("--model", **one_of(*MODELS), default="ResNet18", help="network")
+    add("--optimizer", **one_of("sgd", "shb", "nshb"), default="shb", help="search direction")
     add("--epochs", type=count, default=200, metavar="N", help="normal: passes over the training images")
     add("--lr", type=positive, default=0.1, metavar="ETA", help="learning rate")
     add("--batchsize", type=count, default=8, metavar="B", help="images a step")
@@ -121,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
     add(
         "--precision",
-        choices=("default", "ieee", "bf16"),
+        **one_of("default", "ieee", "bf16"),
         default="default",
         help="default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast",
     )
@@ -145,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb_project", type=_name, default="role_of_momentum", help="project to log to")
     add(
         "--wandb_mode",
-        choices=WANDB_MODES,
+        **one_of(*WANDB_MODES),
         help="default: WANDB_MODE, or by the entity",
     )
     return parser
@@ -179,11 +219,32 @@ def _wandb_mode(entity: str) -> str:
 
 
 def _default_name(args: argparse.Namespace) -> str:
-    beta = "" if args.optimizer == "sgd" else f"-beta{args.beta1:g}"
-    return (
-        f"{args.mode}-{args.dataset}-{args.model}-{args.optimizer}-b{args.batchsize}-lr{args.lr:g}{beta}"
-        f"-seed{args.seed}"
-    )
+    """What makes the result, the usual only by its value, the rest only where it is not the default.
+
+    Not so ε, and the cap of `critical`: more of them can be added to one and the same run.
+    """
+    relevant = result_arguments(args)
+    usual = ("mode", "dataset", "model", "optimizer", "batchsize", "lr", "beta1", "seed")
+    added_later = ("eps", "max_steps") if args.mode == "critical" else ()
+    parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
+    parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
+    parser = build_parser()
+    for key, value in relevant.items():
+        if key not in (*usual, *added_later) and value != parser.get_default(key):
+            parts.append(key if value is True else f"{key}{value}")
+    return "-".join([*parts, f"seed{args.seed}"])
+
+
+def _short(value: float) -> str:
+    """The shortest text that is `value` again, 1 and not 1.0."""
+    return repr(value).removesuffix(".0")
+
+
+def result_arguments(args: argparse.Namespace) -> dict:
+    """The arguments that have a say in what the run `args` computes: none of other modes, no β for SGD."""
+    left_out = {key for key, mode in ONE_MODE_ONLY.items() if mode != args.mode} | ADMINISTRATION
+    left_out |= {"beta1"} if args.optimizer == "sgd" else set()
+    return {key: value for key, value in vars(args).items() if key not in left_out}
 
 
 def run_state(args: argparse.Namespace) -> str:
@@ -197,33 +258,57 @@ def run_state(args: argparse.Namespace) -> str:
 def ended_run(args: argparse.Namespace) -> dict | None:
     """The summary of the run that `args` names, if it has ended and going on with `args` would add nothing.
 
-    Raises UserError if it was made with other arguments.
+    Raises UserError if it was made with other arguments, or went further than `args` allow.
     """
     summary = read_summary(args.runs_dir / args.name)
     if summary is None:
         return None
-    refuse_other_arguments(summary["args"], args)
+    refuse(differences(summary["args"], args) or lower_cap(summary["steps"], args), args)
+    further_eps = args.mode == "critical" and not set(args.eps) <= set(summary["args"].get("eps", []))
     final = summary["status"] == "diverged" or (args.mode == "critical" and summary["status"] == "finished")
-    return summary if final or planned_steps(args) <= summary["steps"] else None
+    return summary if not further_eps and (final or planned_steps(args) <= summary["steps"]) else None
 
 
 def planned_steps(args: argparse.Namespace) -> int:
     """The updates after which a run ends at the latest; ENDLESS for `critical` without --max_steps."""
-    epochs = args.epochs * -(-TRAINING_IMAGES[args.dataset] // args.batchsize)
-    own = {"normal": epochs, "critical": ENDLESS, "sampling": args.steps}[args.mode]
+    own = {"normal": args.epochs * steps_per_epoch(args), "critical": ENDLESS, "sampling": args.steps}[args.mode]
     return min(own, args.max_steps or ENDLESS)
 
 
-def refuse_other_arguments(before: dict, args: argparse.Namespace) -> None:
-    """Raise UserError, naming them, if arguments that make the result differ from those of a run begun before."""
-    now = plain(vars(args))
-    differ = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
-    if differ:
-        named = ", ".join(f"--{key} {now[key]} (was {before.get(key)})" for key in differ)
-        raise UserError(
-            f"argument --resume: {args.runs_dir / args.name} was begun with other arguments: {named}; "
-            "give the same, or another --name"
-        )
+def steps_per_epoch(args: argparse.Namespace) -> int:
+    """Updates in one pass over the training images, the partial last batch included."""
+    return -(-TRAINING_IMAGES[args.dataset] // args.batchsize)
+
+
+def differences(before: dict, args: argparse.Namespace) -> str:
+    """The arguments in `args` that would make another result than those `before`, as text; empty if none."""
+    now = plain(result_arguments(args))
+    named = [f"--{k} {v} (was {before.get(k)})" for k, v in now.items() if k not in EXTENSIBLE and before.get(k) != v]
+    return f"was begun with other arguments: {', '.join(named)}; give the same" if named else ""
+
+
+def lower_cap(steps: int, args: argparse.Namespace) -> str:
+    """What in `args` would end a run before the `steps` it has made already, as text; empty if nothing."""
+    if planned_steps(args) >= steps:
+        return ""
+    by_cap = (args.max_steps or ENDLESS) < steps
+    given = f"--max_steps {args.max_steps}" if by_cap else f"--epochs {args.epochs}"
+    return f"is at step {steps} already, beyond {given}; give as much or more"
+
+
+def refuse(reason: str, args: argparse.Namespace) -> None:
+    """Raise UserError if there is a `reason` not to go on with the run that `args` names."""
+    if reason:
+        raise UserError(f"argument --resume: {args.runs_dir / args.name} {reason}, or another --name")
+
+
+def begun_with(directory: Path) -> dict | None:
+    """The arguments that the run in `directory` was begun with; None where they are not known."""
+    try:
+        before = json.loads((directory / "args.json").read_text(encoding="utf-8"))["args"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return before if isinstance(before, dict) else None
 
 
 def plain(value):
@@ -248,6 +333,6 @@ def read_summary(directory: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        say("warning", f"{file} is damaged ({error}); the run counts as unfinished")
+        warn(f"{file} is damaged ({error}); the run counts as unfinished")
         return None
     return summary

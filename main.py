@@ -62,8 +62,7 @@ def normal(run: Training) -> dict:
             }
             results |= row | {"best_accuracy": max(accuracy, results.get("best_accuracy", 0.0))}
             run.log(row | {"g-norm": epoch["norm"] / epoch["steps"], "max_g-norm": epoch["max"]})
-            if run.step % run.steps_per_epoch == 0:  # a cap in mid-epoch may be raised later
-                del run.sums["epoch"]
+            del run.sums["epoch"]
     names = ("accuracy", "best_accuracy", "training_acc", "training_loss", "test_loss")
     return {name: results.get(name) for name in names}
 
@@ -73,34 +72,61 @@ def critical(run: Training) -> dict:
 
     The device is read only now and then, so the loop runs a little past that step, but the record ends with it.
     """
-    args = run.args
-    first_check = max(1, args.min_epochs * run.steps_per_epoch)
-    reached = run.results.setdefault("steps_to_eps", {repr(eps): None for eps in args.eps})
+    args, first_check = run.args, max(1, run.args.min_epochs * run.steps_per_epoch)
+    reached = run.results["steps_to_eps"] = reached_before(run, first_check)
     run.last = planned_steps(args) if None in reached.values() else run.step
     for window in run.windows():
         means = run.running_sums(window) / window.steps
         for eps in args.eps:
-            below = np.flatnonzero((means <= eps) & (window.steps >= first_check))
-            if below.size and reached[repr(eps)] is None:
-                reached[repr(eps)] = int(window.steps[below[0]])
+            if reached[repr(eps)] is None:
+                reached[repr(eps)] = first_crossing(means, int(window.steps[0]), eps, first_check)
         if None not in reached.values():
+            run.save()
             run.last, run.diverged_at = run.step, None
             window = window.until(max(reached.values()))
         run.count(window)
         run.record.append_norms(window.norms)
         run.log_window(window)
     sfo = {eps: None if steps is None else steps * args.batchsize for eps, steps in reached.items()}
-    return {"steps_to_eps": reached, "sfo": sfo}
+    bounds = [eps for eps, steps in reached.items() if steps == first_check > 1]
+    return {"steps_to_eps": reached, "sfo": sfo, "at_first_check": bounds}
+
+
+def reached_before(run: Training, first_check: int) -> dict[str, int | None]:
+    """The steps to every ε as far as the run has come; one that is new to it is looked for in its history."""
+    known = run.results.get("steps_to_eps", {})
+    new = [eps for eps in run.args.eps if repr(eps) not in known]
+    if new:
+        norms = run.record.norms(run.sums["steps"])
+        means = np.cumsum(norms, dtype=np.float64) / np.arange(1, len(norms) + 1)
+        known = known | {repr(eps): first_crossing(means, 1, eps, first_check) for eps in new}
+    return {repr(eps): known[repr(eps)] for eps in run.args.eps}
+
+
+def first_crossing(means: np.ndarray, first: int, eps: float, first_check: int) -> int | None:
+    """The first step, not before `first_check`, at which the running mean is ≤ ε; None if there is none.
+
+    means: of consecutive steps, beginning with step number `first`.
+    """
+    start = max(0, first_check - first)
+    below = np.flatnonzero(means[start:] <= eps)
+    return first + start + int(below[0]) if below.size else None
 
 
 def sampling(run: Training) -> dict:
     """Train for --steps, then measure ω_t on the next mini-batch, before its update."""
     run.last = planned_steps(run.args)
+    numbers = measure_noise(run) if run.last == 0 else {}
     for window in run.windows():
+        if run.step == run.last and not run.diverged_at:
+            numbers = measure_noise(run)
         run.count(window)
         run.log_window(window)
-    if run.diverged_at:
-        return {}
+    return numbers
+
+
+def measure_noise(run: Training) -> dict:
+    """Measure ω_t at the present x_t and keep it; what is not finite is a divergence, and gives no numbers."""
     epoch, start = divmod(run.step, run.steps_per_epoch)
     batch = next(run.data.epoch(epoch, run.args.batchsize, start))
     with run.autocast():
@@ -116,7 +142,7 @@ def sampling(run: Training) -> dict:
     if not np.isfinite(numbers["noise_norm"]):
         run.diverged_at = run.step + 1
         return {}
-    run.record.save_omega(omega.numpy())
+    run.record.save_omega(omega.numpy(), run.step)
     return numbers
 
 
@@ -154,7 +180,6 @@ def main(args: Namespace) -> int:
     record.begin(device, run.step)
     try:
         results = {"normal": normal, "critical": critical, "sampling": sampling}[args.mode](run)
-        run.save()
     except Stopped as stop:
         run.save()
         record.close(exit_code=128 + stop.signum)

@@ -27,15 +27,20 @@ from arguments import (
     ENDLESS,
     EXIT_STATUS,
     UserError,
+    begun_with,
+    differences,
     ended_run,
+    lower_cap,
     plain,
     planned_steps,
     read_summary,
-    refuse_other_arguments,
-    say,
+    refuse,
+    result_arguments,
+    warn,
 )
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
+CHECKPOINT_FORMAT = 2  # 1 was written after the last window had been counted
 NORMS = "gradient_norms.f32"
 
 
@@ -199,12 +204,15 @@ class Record:
             raise UserError(message) from error
 
     def _refuse_existing(self) -> None:
-        if not self.args.resume and self.directory.exists() and set(os.listdir(self.directory)) - {".lock"}:
-            summary = read_summary(self.directory)
-            raise UserError(
-                f"argument --name: {self.directory} exists already ({summary['status'] if summary else 'unfinished'})"
-                "; --resume goes on with it, another --name starts a new run"
-            )
+        if self.args.resume or not self.directory.exists() or not set(os.listdir(self.directory)) - {".lock"}:
+            return
+        summary, before = read_summary(self.directory), begun_with(self.directory)
+        reason = differences(before, self.args) if before else ""
+        if summary and not reason:
+            reason = lower_cap(summary["steps"], self.args)
+        advice = f" and {reason}, or another --name" if reason else "; --resume goes on with it, another --name begins"
+        state = summary["status"] if summary else "unfinished"
+        raise UserError(f"argument --name: {self.directory} exists already ({state}){advice}")
 
     def _lock(self, file) -> None:
         try:
@@ -219,7 +227,9 @@ class Record:
         with replacing(self.directory / "metrics.csv") as file:
             file.write("".join(self.rows).encode())
         self._csv = open(self.directory / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
-        config = plain(content["args"] | {"environment": content["environment"]})
+        config = plain(result_arguments(self.args) | {"environment": content["environment"]})
+        if "steps" in config:
+            config["sampling_steps"] = config.pop("steps")  # `steps` is the axis of every metric
         self.wandb = start_wandb(self.args, self.directory, config)
         total = planned_steps(self.args)
         self.bar = tqdm(
@@ -248,15 +258,19 @@ class Record:
         with open(self.directory / NORMS, "ab") as file:
             file.write(norms.astype("<f4").tobytes())
 
-    def save_omega(self, omega: np.ndarray) -> None:
-        """Keep ω, flat float32, and show its histogram in wandb."""
+    def norms(self, count: int) -> np.ndarray:
+        """The first `count` gradient norms of the history, float32."""
+        return np.fromfile(self.directory / NORMS, "<f4", count) if count else np.zeros(0, "<f4")
+
+    def save_omega(self, omega: np.ndarray, step: int) -> None:
+        """Keep ω of step `step`, flat float32, and show its histogram in wandb."""
         with replacing(self.directory / "omega.npy") as file:
             np.save(file, omega, allow_pickle=False)
 
         def histogram(run) -> None:
             from wandb import Histogram
 
-            run.summary["omega"] = Histogram(np_histogram=np.histogram(omega, bins=100))
+            run.log({"steps": step, "omega": Histogram(np_histogram=np.histogram(omega, bins=100))})
 
         self.to_wandb(histogram)
 
@@ -278,6 +292,8 @@ class Record:
         print(f"{status} after {steps} steps: {self.directory}")
         for key, value in plain(results).items():
             print(f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}")
+        if results.get("at_first_check"):
+            print("  (at_first_check: reached when first looked at, perhaps before; these steps are upper bounds)")
 
     def close(self, exit_code: int) -> None:
         """End progress and wandb, and say how an offline wandb run is synchronized."""
@@ -295,7 +311,7 @@ class Record:
                 call(self.wandb)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-                say("warning", f"wandb failed ({reason}); going on without it, the local record is complete")
+                warn(f"wandb failed ({reason}); going on without it, the local record is complete")
                 self.wandb = None
                 with suppress(Exception):  # it says again at exit what has just been said
                     sys.modules["wandb"].teardown()
@@ -310,6 +326,7 @@ class Record:
             with open(norms, "rb") as file:
                 os.fsync(file.fileno())
         content = content | {"args": plain(vars(self.args)), "rows": self.rows, "seconds": self.elapsed()}
+        content["format"] = CHECKPOINT_FORMAT
         try:
             with replacing(newest, keep=previous) as file:
                 torch.save(content, file)
@@ -332,7 +349,10 @@ class Record:
             if path.exists():
                 try:
                     content = _read_checkpoint(path)
-                    refuse_other_arguments(content["args"], self.args)
+                    if content.get("format") != CHECKPOINT_FORMAT:
+                        refuse("was checkpointed by another version of this code; go on with that one", self.args)
+                    refuse(differences(content["args"], self.args), self.args)
+                    refuse(lower_cap(content["step"], self.args), self.args)
                     self._cut_norms(content["norms_recorded"])
                 except UserError:
                     raise
@@ -340,9 +360,10 @@ class Record:
                     damaged[path] = f"{path} is damaged ({type(error).__name__}: {error})"
                     continue
                 for other, reason in damaged.items():
-                    say("warning", f"{reason}; going on from {path.name}")
+                    warn(f"{reason}; going on from {path.name}")
                     other.unlink()
                 self.rows, self.seconds = content["rows"], content["seconds"]
+                self.args.eps = sorted({*self.args.eps, *content["args"]["eps"]}, reverse=True)
                 return content
         if damaged or read_summary(self.directory):
             reasons = "; ".join(damaged.values()) or "the run has ended, and its checkpoint is gone"
@@ -380,6 +401,8 @@ def start_wandb(args: Namespace, directory: Path, config: dict):
         return None
     os.environ.setdefault("WANDB_CACHE_DIR", str((directory / "wandb").absolute()))
     os.environ.pop("WANDB_MODE", None)  # it has had its say in args.wandb_mode
+    tags = [args.dataset, args.model, args.optimizer, f"lr {args.lr:g}", f"b {args.batchsize}"]
+    tags += [f"β {args.beta1:g}"] if "beta1" in result_arguments(args) else []
     for attempt in dict.fromkeys((args.wandb_mode, "offline")):
         stdin = sys.stdin
         try:
@@ -394,7 +417,7 @@ def start_wandb(args: Namespace, directory: Path, config: dict):
                 name=args.name,
                 group=args.name.removesuffix(f"-seed{args.seed}"),
                 job_type=args.mode,
-                tags=[args.dataset, args.model, args.optimizer],
+                tags=tags,
                 config=config,
                 settings=wandb.Settings(silent=True, console="off"),
             )
@@ -405,7 +428,7 @@ def start_wandb(args: Namespace, directory: Path, config: dict):
                 print(f"wandb: logging offline{'' if has_entity else ' (no --wandb_entity)'}")
             return run
         except Exception as error:
-            say("warning", f"wandb did not start in mode {attempt!r} ({type(error).__name__}: {error})")
+            warn(f"wandb did not start in mode {attempt!r} ({type(error).__name__}: {error})")
         finally:
             sys.stdin = stdin
     return None
