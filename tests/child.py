@@ -21,7 +21,7 @@ import utils
 torch.set_num_threads(1)
 _digits = sklearn.datasets.load_digits()
 sklearn.datasets.load_digits = lambda: _digits  # read once, before forking
-_replace, _save, _after = os.replace, torch.save, {"n": 0}
+_replace, _save, _evaluate, _after = os.replace, torch.save, main.evaluate, {"n": 0}
 
 
 def _kill():
@@ -59,6 +59,12 @@ def slow_write(content, file):
     time.sleep(60)
 
 
+def lucky(run):
+    """A test of the network that finds everything right, in the middle of an epoch."""
+    accuracy, loss = _evaluate(run)
+    return (100.0 if run.step % run.steps_per_epoch else accuracy), loss
+
+
 class Signalling(utils.Signals):
     """A SIGTERM at the n-th check: between two steps, two batches of the test, or two chunks of ∇f."""
 
@@ -84,6 +90,8 @@ def _run(argv, directory, sabotage):
         torch.save = globals()[kind]
     elif kind.startswith("die"):
         os.replace = globals()[kind]
+    elif kind == "lucky":
+        main.evaluate = lucky
     elif kind == "signal_at":
         Signalling.at, main.Signals = int(value), Signalling
     elif kind == "file_limit":

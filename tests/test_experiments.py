@@ -141,6 +141,55 @@ def test_the_first_crossing_is_exact(tmp_path, eps, min_epochs, seed, batchsize)
         assert float(row["ave-norm"]) == pytest.approx(norms[: int(row["steps"])].astype(float).mean(), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("shapes", [[(512, 512, 3, 3), (512,), (100, 512)], [(640, 640, 3, 3), ()], [(1,)]])
+def test_the_gradient_norm_is_exact_in_float32(shapes, seed):
+    """One sum of all squares in float32 is 5e-6 too small here, and 3e-5 with the gradients of a real ResNet18."""
+    torch.manual_seed(seed)
+    gradients = [torch.randn(shape) * torch.rand(()) for shape in shapes]
+    exact = sum(g.double().square().sum().item() for g in gradients) ** 0.5
+    assert training.gradient_norm(gradients).item() == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.parametrize("first", [1, 201])
+@pytest.mark.parametrize("first_check", [1, 5, 203, 300])
+@pytest.mark.parametrize("eps", [0.3, 0.5, 2.0, 1e-9])
+def test_first_crossing_against_a_loop(first, first_check, eps):
+    means = np.random.default_rng(first_check).random(20)
+    expected = next((first + i for i, m in enumerate(means) if m <= eps and first + i >= first_check), None)
+    assert main.first_crossing(means, first, eps, first_check) == expected
+
+
+def test_what_comes_after_the_last_crossing_is_no_part_of_the_run(tmp_path, monkeypatch):
+    """A divergence in the same window, for instance."""
+    step = training.Training.eager_step
+
+    def broken(run, x, y):
+        out = step(run, x, y)
+        out[1] = {0: 5.0, 6: 0.1, 9: float("inf")}.get(run.step, 1.0)
+        return out
+
+    monkeypatch.setattr(training.Training, "eager_step", broken)
+    argv = ("--mode", "critical", "--batchsize", 128, "--min_epochs", 0, "--eps", 1.5)
+    status, directory = run(tmp_path, *argv)
+    s = summary(directory)
+    norms = [5, 1, 1, 1, 1, 1, 0.1]  # means 5, 3, 2.33, 2, 1.8, 1.67, 1.44
+    assert (status, s["status"], s["steps"], s["results"]["steps_to_eps"]) == (0, "finished", 7, {"1.5": 7})
+    assert "diverged_at_step" not in s["results"]
+    np.testing.assert_allclose(np.fromfile(directory / "gradient_norms.f32", "<f4"), norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("eps", "marked"), [(["90", "0.01"], ["90.0"]), (["0.01"], [])])
+@pytest.mark.parametrize("min_epochs", [0, 2])
+def test_what_was_reached_at_the_first_check_is_marked(tmp_path, capsys, eps, marked, min_epochs):
+    """With --min_epochs 0 every step is checked, and nothing is only a bound."""
+    argv = ("--mode", "critical", "--batchsize", 479, "--min_epochs", min_epochs, "--max_steps", 10, "--eps", *eps)
+    _, directory = run(tmp_path, *argv)
+    expected = marked if min_epochs else []
+    assert summary(directory)["results"]["at_first_check"] == expected
+    assert ("upper bounds" in capsys.readouterr().out) == bool(expected)
+
+
 def test_a_sum_of_millions_is_added_in_double_precision():
     run = start("--mode", "critical")
     run.sums |= {"norm": 5e6 * 0.1, "steps": 5_000_000}
@@ -171,6 +220,26 @@ def test_normal_records_the_textbook_numbers_every_epoch(tmp_path):
     assert results["accuracy"] == float(table[-1]["accuracy"])
     assert results["best_accuracy"] == max(float(r["accuracy"]) for r in table)
     assert summary(directory)["epochs"] == 3
+
+
+def test_the_best_accuracy_is_the_best_of_all_epochs(tmp_path, monkeypatch):
+    accuracies = iter([50.0, 70.0, 60.0])
+    monkeypatch.setattr(main, "evaluate", lambda run: (next(accuracies), 1.0))
+    _, directory = run(tmp_path, "--batchsize", 479, "--epochs", 3)
+    results = summary(directory)["results"]
+    assert (results["accuracy"], results["best_accuracy"]) == (60.0, 70.0)
+
+
+@pytest.mark.parametrize("batchsize", [500, 1000])
+def test_the_loss_of_a_window_weighs_images_and_not_batches(tmp_path, batchsize):
+    argv = ("--mode", "sampling", "--steps", -(-1437 // batchsize), "--batchsize", batchsize, "--lr", 0.01)
+    _, directory = run(tmp_path, *argv)
+    args = arguments.parse([*map(str, argv), "--dataset", "digits"])
+    seen, _ = slow_training(args, datasets.load("digits", Path("x"), torch.device("cpu"), 0), args.steps)
+    loss, _, _, size = np.array(seen).T
+    weighted = (loss * size).sum() / 1437
+    assert float(rows(directory)[0]["training_loss"]) == pytest.approx(weighted, rel=1e-6)
+    assert abs(weighted / loss.mean() - 1) > 1e-5  # or else this test could not tell
 
 
 @pytest.mark.parametrize("mode", ["normal", "critical", "sampling"])
@@ -296,6 +365,51 @@ def test_bf16_differs_and_still_learns(tmp_path):
         losses[precision] = summary(directory)["results"]["training_loss"]
     assert losses["default"] == losses["ieee"] != losses["bf16"]  # on the CPU the default is IEEE float32
     assert losses["bf16"] == pytest.approx(losses["ieee"], rel=0.05)
+
+
+def test_bf16_holds_where_the_test_images_are_evaluated():
+    found = {}
+    for precision in ("default", "bf16"):
+        trained = start("--precision", precision)
+        with torch.no_grad():
+            trained.model.linear.weight.mul_(30)  # or else rounding hardly shows in the loss
+        found[precision] = main.evaluate(trained)[1]
+    model = trained.model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(trained.data.normalize(trained.data.x_test)).float()
+    expected = F.cross_entropy(logits, trained.data.y_test).item()
+    assert found["bf16"] == pytest.approx(expected, rel=1e-5) and abs(found["default"] / expected - 1) > 1e-4
+
+
+def test_bf16_holds_where_the_noise_is_measured(tmp_path):
+    """At step 0, where all precisions have the same weights."""
+    argv = ("--mode", "sampling", "--steps", 0, "--batchsize", 128)
+    found = {}
+    for precision in ("default", "bf16"):
+        _, directory = run(tmp_path, *argv, "--precision", precision, "--name", precision)
+        found[precision] = summary(directory)["results"]["noise_norm"]
+    trained = start(*argv)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = next(trained.data.epoch(0, 128))
+        expected, _ = main.measure(trained.model, trained.optimizer, batch, trained.data, 0, 1000)
+    assert found["bf16"] == expected["noise_norm"] != found["default"]
+
+
+@pytest.mark.parametrize("precision", ["default", "ieee", "bf16"])
+def test_ieee_turns_tf32_off(precision):
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32"
+        main.set_up(start("--precision", precision).args)
+        expected = "ieee" if precision == "ieee" else "tf32"
+        assert [backend.fp32_precision for backend in backends] == [expected] * 2
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @pytest.fixture
