@@ -610,3 +610,412 @@ def test_a_history_that_is_not_finite_is_named_and_not_drawn(tmp_path):
     left_out = {}
     assert figures.draw_gradients(figures.read_runs(tmp_path)[0], left_out) == (None, [])
     assert f"{folder.name} (gradient history only)" in left_out
+
+
+# --- no number that misleads ---
+
+
+def grouped(runs_dir):
+    """The one group of runs below runs_dir, and its tables (steps, constants, points)."""
+    (group,) = figures.combinations(figures.read_runs(runs_dir)[0])
+    rows = figures.critical_table(group["runs"], figures.published_curve(group["published"]))
+    constants = figures.constants_table(group, rows)
+    return group, rows, constants, figures.point_table(group, constants)
+
+
+def drawn(monkeypatch, runs_dir, out):
+    """Draw the one group of runs; return {name: (open figure, its title)} and the report's text."""
+    found = {}
+    (group,) = figures.combinations(figures.read_runs(runs_dir)[0])
+
+    def keep(path, fig, title):
+        found[path.name.removeprefix(f"{group['slug']}_")] = (fig, title)
+
+    monkeypatch.setattr(figures, "save_figure", keep)
+    out.mkdir()
+    return found, figures.draw(group, out)
+
+
+def marks(fig, label):
+    """The (x, y) of all marks of the figure that look like the legend's entry `label`."""
+    points = []
+    for ax in fig.axes:
+        looks = [line.get_marker() for line in ax.lines if line.get_label() == label]
+        for line in ax.lines:
+            if line.get_marker() in looks and line.get_zorder() == 5:
+                points += list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    return points
+
+
+def u_shaped(runs, optimizer="shb", **more):
+    """Critical runs with b* = 16 at ε = 1."""
+    for b, n in ((8, 90), (16, 20), (32, 30)):
+        critical(runs, optimizer, b, 0, {"1.0": n}, steps=n, **{"min_epochs": 0, **more})
+
+
+def test_k_is_the_largest_full_gradient_norm_of_a_run_that_did_not_diverge(tmp_path):
+    """The largest mini-batch norm, 28.9, would put δ_SHB at 26 for every b."""
+    omega = np.random.default_rng(0).normal(size=4000)
+    for b, published in PUBLISHED.items():
+        critical(tmp_path, "shb", b, 0, published, k=28.9 if b == 8 else 3.0, steps=published["0.5"])
+        sampling(tmp_path, "shb", b, 0, 1.0, omega, norm=1.77 if b == 64 else 1.2, steps=400)
+    folder = sampling(tmp_path, "shb", 8, 1, 1.0, omega, norm=9.0, status="diverged")
+    _, _, constants, points = grouped(tmp_path)
+    expected = (1.77, "sampling-shb-b64-seed0", 400)
+    assert {(c["k"], c["k_run"], c["k_step"]) for c in constants} == {expected} and folder.exists()
+    delta = {p["batch_size"]: p["delta_formula"] for p in points}
+    assert [round(delta[b], 2) for b in (8, 256, 1024, 8192)] == [2.28, 1.63, 1.61, 1.60]
+    assert [p["max_minibatch_norm"] for p in points] == [28.9] + [3.0] * 10
+    text = figures.markdown(points).splitlines()[0]
+    assert "largest mini-batch gradient norm" in text
+
+
+@pytest.mark.parametrize("mode", ["critical", "normal"])
+def test_a_full_gradient_that_another_mode_measured_counts_too(tmp_path, mode):
+    sampling(tmp_path, "sgd", 8, 0, 1.0, np.zeros(3), norm=1.5)
+    extra = {"steps_to_eps": {"1.0": None}, "max_gradient_norm": 7.0, "full_gradient_norm": 2.5}
+    extra |= {"accuracy": 1.0, "best_accuracy": 1.0, "training_loss": 1.0}
+    folder = record(tmp_path, mode, "sgd", 16, 0, extra, steps=33)
+    found = figures.largest_full_gradient(figures.read_runs(tmp_path)[0])
+    assert found == {"k": 2.5, "k_run": folder.name, "k_step": 33}
+
+
+def test_without_a_full_gradient_what_needs_k_is_not_drawn_and_the_report_says_why(tmp_path):
+    for optimizer in ("sgd", "shb"):
+        u_shaped(tmp_path / "runs", optimizer, k=3.0)
+    done = command(tmp_path / "runs", "--out", tmp_path / "out")
+    points = table(tmp_path / "out", "points")
+    assert {p["optimizer"]: p["delta_formula"] != "" for p in points} == {"sgd": True, "shb": False}
+    reason = "not drawn: the formula's δ of SHB: it needs K: no run that did not diverge measured a full gradient"
+    assert reason in done.stdout and reason in (tmp_path / "out" / "report.md").read_text()
+    assert "K of" not in done.stdout and "formula's δ of SGD" not in done.stdout
+
+
+@pytest.mark.parametrize("value", [None, "1.77", -1.0, math.inf, True])
+def test_a_full_gradient_norm_of_the_wrong_kind_leaves_the_run_out(tmp_path, value):
+    folder = sampling(tmp_path, "sgd", 8, 0, 1.0, np.zeros(3), norm=value)
+    runs, left_out = figures.read_runs(tmp_path)
+    assert runs == [] and "full_gradient_norm is " in left_out[folder.name]
+
+
+def test_an_exactly_gaussian_vector_with_unequal_scales_is_not_called_non_normal(tmp_path):
+    rng = np.random.default_rng(1)
+    omega = rng.lognormal(0, 1, 100_000) * rng.normal(size=100_000)  # each coordinate exactly Gaussian
+    z, share = figures.pooled_spread(omega.astype(np.float32))
+    assert np.all(np.diff(z) >= 0) and abs(z.mean()) < 1e-9 and z.std() == pytest.approx(1)
+    assert (z**4).mean() - 3 > 50 and stats.kstest(z, "norm")[0] > 0.1
+    assert share == np.mean(np.abs(omega - omega.mean()) > 6 * omega.std()) > 0.001
+    folder = sampling(tmp_path / "runs", "sgd", 8, 0, 1.0, omega)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["results"]["omega_entries"] = 100_000
+    (folder / "summary.json").write_text(json.dumps(summary))
+    command(tmp_path / "runs", "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    (row,) = table(tmp_path / "out", "omega", "CIFAR100_ResNet18_lr0.1")
+    assert float(row["beyond_6_std"]) == pytest.approx(share)
+    assert not {"k2", "k2_p", "ks_distance"} & row.keys()
+    for claim in ("normality", "non-normal", "near normal", "not normal", "K²", "KS distance", "p-value is"):
+        assert claim not in text
+    assert "cannot tell whether ω is Gaussian" in " ".join(text.split())
+
+
+def test_the_histogram_says_what_it_cuts_off_and_what_it_cannot_tell(tmp_path, monkeypatch):
+    omega = np.append(np.random.default_rng(2).normal(size=3990), [50.0] * 10)
+    sampling(tmp_path / "runs", "sgd", 8, 0, 1.0, omega)
+    found, _ = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")
+    fig, title = found["omega"]
+    assert any("beyond ±6 std: 0.25 %" in text.get_text() for text in fig.axes[0].texts)
+    assert "not whether it is Gaussian" in title
+
+
+def test_upper_bounds_are_arrows_and_no_part_of_curve_interpolation_or_ratio(tmp_path, monkeypatch):
+    published = {b: n["1.0"] for b, n in PUBLISHED.items()}
+    for b, n in published.items():
+        first = 11 * -(-50_000 // b)
+        n = first if b >= 2048 else n
+        critical(tmp_path / "runs", "shb", b, 0, {"1.0": n}, steps=n)
+    _, rows, constants, _ = grouped(tmp_path / "runs")
+    early = [r["batch_size"] for r in rows if r["steps_are"] == "upper bound"]
+    assert early == [2048, 4096, 8192]
+    assert [r["ratio"] is None for r in rows] == [b in early for b in published]
+    fig = figures.draw_steps(rows, constants, {})
+    arrows = marks(fig, "upper bound: ε reached at the first check")
+    assert sorted(arrows)[:2] == [(2048, 275), (2048, 275 * 2048)] and len(arrows) == 6
+    (line,) = [x for x in fig.axes[0].lines if len(x.get_xdata()) == len(published)]
+    assert np.isnan(np.asarray(line.get_ydata(), float)[-3:]).all()
+    figures.plt.close(fig)
+    star = constants[0] | {"bound": 2000.0}  # between the last whole point and the first bound
+    fig, ax = figures.plt.subplots()
+    figures.size_axis(ax, rows)
+    figures.mark_b_star(ax, rows, "steps", star)
+    ((x, y),) = marks(fig, "theory's bound; C² from b* at the reference ε")
+    assert (x, y) == (2000.0, pytest.approx(published[1024]))
+    figures.plt.close(fig)
+
+
+def test_a_point_with_one_seed_too_early_and_one_too_late_is_undetermined(tmp_path):
+    critical(tmp_path, "shb", 512, 0, {"1.0": 98 * 11}, steps=98 * 11)
+    critical(tmp_path, "shb", 512, 1, {"1.0": None}, steps=2000, status="not_reached")
+    critical(tmp_path, "shb", 1024, 0, {"1.0": 1}, steps=1, min_epochs=0)
+    rows = figures.critical_table(figures.read_runs(tmp_path)[0], {})
+    assert [(r["steps_are"], r["at_first_check"]) for r in rows] == [("undetermined", 1), ("measured", 0)]
+
+
+def test_a_merged_run_claims_no_step_that_was_not_checked(tmp_path):
+    """The longer run was not asked ε = 0.7: that it was not reached is known for the shorter run's steps only."""
+    critical(tmp_path, "shb", 16, 0, {"0.7": None, "0.5": None}, steps=300, status="not_reached", name="short")
+    critical(tmp_path, "shb", 16, 0, {"0.5": None}, steps=900, status="not_reached", name="long")
+    rows = {r["eps"]: r for r in figures.critical_table(grouped(tmp_path)[0]["runs"], {})}
+    assert (rows[0.7]["steps_mean"], rows[0.7]["checked_mean"], rows[0.7]["steps_are"]) == (300, 300, "lower bound")
+    assert (rows[0.5]["steps_mean"], rows[0.5]["checked_mean"], rows[0.5]["steps_are"]) == (900, 900, "lower bound")
+
+
+def test_a_merged_run_never_contradicts_what_the_longer_one_checked(tmp_path):
+    critical(tmp_path, "shb", 16, 0, {"0.7": 250}, steps=250, name="short")
+    critical(tmp_path, "shb", 16, 0, {"0.7": None}, steps=900, status="not_reached", name="long")
+    critical(tmp_path, "shb", 32, 0, {"0.7": None}, steps=500, status="not_reached", name="capped")
+    critical(tmp_path, "shb", 32, 0, {"0.7": 800, "0.5": None}, steps=950, status="diverged", k=None, name="lost")
+    runs = {r["batchsize"]: r for r in grouped(tmp_path)[0]["runs"]}
+    assert (runs[16]["to_eps"], runs[16]["checked"]) == ({0.7: None}, {0.7: 900})
+    assert (runs[32]["to_eps"], runs[32]["checked"]) == ({0.7: 800}, {0.7: 950})
+
+
+@pytest.mark.parametrize("damage", [None, "short", "nan"])
+def test_the_longer_runs_history_settles_a_merge(tmp_path, damage):
+    norms = np.random.default_rng(4).uniform(0.4, 0.8, 5000).astype("<f4")
+    folder = critical(tmp_path, "sgd", 1024, 0, {"0.1": None}, steps=5000, status="not_reached", name="long")
+    critical(tmp_path, "sgd", 1024, 0, {"0.6": 4000, "0.599": None}, steps=4500, status="not_reached", name="short")
+    if damage == "short":
+        norms = norms[:-1]
+    elif damage == "nan":
+        norms[7] = np.nan
+    norms.tofile(folder / "gradient_norms.f32")
+    (run,) = grouped(tmp_path)[0]["runs"]
+    expected = {0.1: None, 0.6: 4000, 0.599: None}
+    if damage is None:
+        total, expected = 0.0, dict.fromkeys(expected)
+        for step, norm in enumerate(map(float, norms), 1):
+            total += norm
+            for eps, found in expected.items():
+                if found is None and step >= 49 * 11 and total / step <= eps:
+                    expected[eps] = step
+        assert expected[0.6] not in (None, 4000)
+    assert run["to_eps"] == expected
+    assert run["checked"] == {0.1: 5000, 0.6: 4500 if damage else 5000, 0.599: 4500 if damage else 5000}
+
+
+@pytest.mark.parametrize(("args", "shown"), [({}, True), ({"min_epochs": 0}, False), ({"precision": "bf16"}, False)])
+def test_ratio_needs_the_published_settings(tmp_path, args, shown):
+    for b in (16, 32):
+        critical(tmp_path, "shb", b, 0, {"1.0": PUBLISHED[b]["1.0"]}, steps=PUBLISHED[b]["1.0"], **args)
+    rows = grouped(tmp_path)[1]
+    assert [r["published"] for r in rows] == [PUBLISHED[16]["1.0"], PUBLISHED[32]["1.0"]]
+    assert [r["ratio"] for r in rows] == ([1.0, 1.0] if shown else [None, None])
+
+
+def test_a_curve_whose_c_squared_rests_on_an_edge_says_so(tmp_path, monkeypatch):
+    for b, n in ((8, 10), (16, 20), (32, 30)):
+        critical(tmp_path / "runs", "sgd", b, 0, {"1.0": n}, steps=n, min_epochs=0, lr=0.2)
+    u_shaped(tmp_path / "runs", "nshb", lr=0.2)
+    _, _, constants, points = grouped(tmp_path / "runs")
+    assert [c["c_squared_from"] for c in constants] == ["b* <= 8", "b* = 16"]
+    assert {(p["optimizer"], p["delta_formula_from"]) for p in points} == {("sgd", "b* <= 8"), ("nshb", "b* = 16")}
+    fig, _ = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")[0]["delta"]
+    assert fig.axes[0].get_legend_handles_labels()[1] == ["SGD, formula (C² from b* <= 8, an edge)", "NSHB, formula"]
+
+
+def test_a_bound_beyond_the_grid_is_an_arrow_at_its_edge(tmp_path):
+    for b, n in ((8, 90), (16, 20), (32, 30)):
+        critical(tmp_path, "nshb", b, 0, {"1.0": n, "0.1": 9 * n, "9.0": n - 9}, steps=9 * n, min_epochs=0)
+    _, rows, constants, _ = grouped(tmp_path)
+    assert [c["bound"] for c in constants] == [pytest.approx(x) for x in (16, 0.16, 16 / 81 / 100)]
+    fig = figures.draw_steps(rows, constants, {})
+    for ax in fig.axes:
+        low, high = ax.get_xlim()
+        assert 4 < low < 8 and 32 < high < 64
+    assert sorted(x for x, _ in marks(fig, "theory's bound lies beyond the grid")) == [0.03] * 4
+    figures.plt.close(fig)
+
+
+def test_tables_without_a_single_b_star_are_not_written(tmp_path):
+    critical(tmp_path / "runs", "sgd", 8, 0, {"1.0": 9}, steps=9, min_epochs=0)
+    critical(tmp_path / "runs", "sgd", 16, 0, {"1.0": None}, steps=9, status="not_reached", min_epochs=0)
+    done = command(tmp_path / "runs", "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*critical_batch_size.csv"))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "### critical batch size" not in text
+    assert "no table: critical_batch_size: fewer than two b all of whose seeds reached ε" in text + done.stdout
+
+
+def test_what_diverged_is_marked_once(tmp_path, monkeypatch):
+    for optimizer in ("sgd", "nshb"):
+        u_shaped(tmp_path / "runs", optimizer)
+        lost = {"steps_to_eps": {"1.0": None, "0.5": None}, "max_gradient_norm": None}
+        record(tmp_path / "runs", "critical", optimizer, 32, 1, lost, steps=7, status="diverged", min_epochs=0)
+        for b in (8, 32):
+            normal(tmp_path / "runs", optimizer, b, 0, 50.0)
+        record(tmp_path / "runs", "normal", optimizer, 32, 1, {}, steps=7, status="diverged")
+    found, text = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")
+    for name, count in (("steps", 2), ("accuracy", 2)):  # one for each optimizer
+        crosses = marks(found[name][0], "a seed diverged")
+        assert len(crosses) == count
+        labels = [label for ax in found[name][0].axes for label in ax.get_legend_handles_labels()[1]]
+        assert "a seed diverged" in labels
+    assert len(set(marks(found["accuracy"][0], "a seed diverged"))) == 2  # none hides the other
+    for name in ("critical-sgd-b32-seed1-min_epochs0", "normal-nshb-b32-seed1"):
+        assert text.count(name) == 1 and f"- diverged: {name}\n" in text
+
+
+def histories(runs):
+    """Critical runs of SGD with histories at b = 1024, 2048, 4096, one of them without. Returns {b: norms}."""
+    rng, norms = np.random.default_rng(8), {}
+    for b, n in ((1024, 3000), (2048, 1500), (4096, 900)):
+        folder = critical(runs, "sgd", b, 0, {"0.5": None}, steps=n, status="not_reached")
+        norms[b] = (0.7 + 5 / np.arange(1, n + 1) * rng.uniform(0.5, 2, n)).astype("<f4")
+        if b != 4096:
+            norms[b].tofile(folder / "gradient_norms.f32")
+    return norms
+
+
+def test_any_eps_is_answered_from_the_histories(tmp_path):
+    norms = histories(tmp_path / "runs")
+    done = command(tmp_path / "runs", "--out", tmp_path / "out", "--eps", "0.75", "0.6")
+    assert done.returncode == 0, done.stderr
+    rows = {(float(r["eps"]), int(r["batch_size"])): r for r in table(tmp_path / "out", "steps", SLUG[:-8])}
+    assert sorted(rows) == [(eps, b) for eps in (0.6, 0.75) for b in (1024, 2048)]
+    for (eps, b), row in rows.items():
+        total, expected = 0.0, None
+        for step, norm in enumerate(map(float, norms[b]), 1):
+            total += norm
+            if expected is None and step >= 11 * -(-50_000 // b) and total / step <= eps:
+                expected = step
+        assert (expected is None) == (eps == 0.6)
+        assert float(row["steps_mean"]) == (expected or len(norms[b]))
+        assert row["steps_are"] == ("lower bound" if expected is None else "measured")
+    unable = (
+        "critical-sgd-b4096-seed0 (ε = 0.75, 0.6 only): not in its record, and gradient_norms.f32 does not hold 900"
+    )
+    assert unable in done.stdout and unable in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_recorded_eps_needs_no_history(tmp_path):
+    histories(tmp_path)
+    runs = figures.read_runs(tmp_path)[0]
+    assert figures.choose_eps(runs, [0.5]) == {}
+    assert [r["to_eps"] for r in runs] == [{0.5: None}] * 3
+
+
+@pytest.mark.parametrize("eps", [["0"], ["-1"], ["nan"], ["inf"], ["x"], [], ["0.72", "0"], ["0.3"]])
+def test_an_eps_that_nobody_can_answer_is_one_error_line(tmp_path, eps):
+    critical(tmp_path / "runs", "sgd", 8, 0, {"0.72": 9}, steps=9)
+    done = command(tmp_path / "runs", "--out", tmp_path / "out", "--eps", *eps)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr.startswith("error: argument --eps: ") and done.stderr.count("\n") == 1
+
+
+def test_every_figure_says_what_it_is_of(tmp_path, monkeypatch):
+    group = figures.combinations(figures.read_runs(tmp_path)[0])
+    assert group == []
+    normal(tmp_path / "shb", "shb", 8, 0, 50.0, lr=0.05, beta1=0.5)
+    normal(tmp_path / "shb", "sgd", 16, 0, 50.0, lr=0.05)
+    normal(tmp_path / "sgd", "sgd", 8, 0, 50.0, lr=0.05)
+    normal(tmp_path / "sgd", "sgd", 16, 0, 50.0, lr=0.05)
+    for name, title in (("shb", "CIFAR100, ResNet18, lr 0.05, β 0.5"), ("sgd", "CIFAR100, ResNet18, lr 0.05")):
+        found, _ = drawn(monkeypatch, tmp_path / name, tmp_path / f"{name}-out")
+        assert {title for _, title in found.values()} == {title}
+    monkeypatch.undo()
+    fig, _ = found["accuracy"]
+    figures.save_figure(tmp_path / "figure", fig, title)
+    assert fig._suptitle.get_text() == title
+
+
+def test_no_arrow_hides_another(tmp_path):
+    for b in (8, 16):
+        critical(tmp_path, "sgd", b, 0, dict.fromkeys(("1.0", "0.7", "0.5")), steps=90, status="not_reached")
+    fig = figures.draw_steps(figures.critical_table(figures.read_runs(tmp_path)[0], {}), [], {})
+    places = marks(fig, "lower bound: a seed did not reach ε")
+    assert len(places) == len(set(places)) == 12
+    seen = sorted(x for x, y in places if y == 90)  # on one height: b = 8 left of b = 16, apart from each other
+    assert seen[1] == 8 and seen[4] == 16 and min(np.diff(np.log2(seen))) > 0.2
+    figures.plt.close(fig)
+
+
+def test_a_legend_has_a_fixed_order_with_its_marks_last(tmp_path):
+    fig, axes = figures.plt.subplots(1, 2)
+    figures.mark(axes[0], 1, 1, "a seed diverged", marker="x")
+    for ax, names in zip(axes, (("SGD",), ("SGD", "SHB")), strict=True):
+        for name in names:
+            ax.plot([1, 2], [1, 2], label=name)
+    figures.save_figure(tmp_path / "figure", fig, "")
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["SGD", "SHB", "a seed diverged"]
+
+
+def test_delta_is_measured_before_formula_before_paper_and_sgd_shb_nshb(tmp_path):
+    for optimizer in ("nshb", "shb", "sgd"):
+        for b, n in ((256, 900), (512, 200), (1024, 300)):
+            critical(tmp_path, optimizer, b, 0, {"0.5": n}, steps=n, min_epochs=0)
+            sampling(tmp_path, optimizer, b, 0, 1.0, np.zeros(3))
+    fig = figures.draw_delta(grouped(tmp_path)[3])
+    kinds = ("measured", "formula", "paper's C², K")
+    expected = [f"{name}, {kind}" for kind in kinds for name in ("SGD", "SHB", "NSHB")]
+    assert fig.axes[0].get_legend_handles_labels()[1] == expected
+    figures.plt.close(fig)
+
+
+@pytest.mark.parametrize("sizes", [[2**k for k in range(3, 14)], [8, 16], [96, 100, 128, 1024], list(range(1, 60))])
+def test_batch_sizes_are_plain_ticks_with_room_between_them(sizes):
+    fig, ax = figures.plt.subplots()
+    figures.size_axis(ax, [{"batch_size": b} for b in sizes])
+    ticks, labels = ax.get_xticks(), [text.get_text() for text in ax.get_xticklabels()]
+    assert labels == [f"{b}" for b in ticks] and set(ticks) <= set(sizes) and 2 <= len(ticks) <= 7
+    assert np.diff(np.log(ticks)).min() >= np.log(sizes[-1] / sizes[0]) / 6.1
+    figures.plt.close(fig)
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.1, 3.4), (0.2, 0.8), (30, 90), (5, 60)])
+def test_a_log_axis_of_under_two_decades_has_plain_ticks(low, high):
+    fig, ax = figures.plt.subplots()
+    ax.set(yscale="log", ylim=(low, high))
+    figures.readable_ticks(ax.yaxis)
+    fig.canvas.draw()
+    inside = [
+        t
+        for t, text in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+        if low <= t <= high and float(text.get_text()) == pytest.approx(t)
+    ]
+    assert 3 <= len(inside) <= 8
+    figures.plt.close(fig)
+
+
+def test_every_dash_has_its_reason_and_an_empty_section_says_none(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    u_shaped(runs)
+    critical(runs, "sgd", 8, 0, {"1.0": None}, steps=9, status="not_reached")
+    critical(runs, "sgd", 16, 0, {"1.0": None}, steps=9, status="diverged", k=None)
+    normal(runs, "shb", 64, 0, 50.0)
+    for b in (8, 16):
+        sampling(runs, "shb", b, 0, 1.0, np.random.default_rng(0).normal(size=4000))
+    assert command(runs, "--out", out).returncode == 0
+    text, dashes = (out / "report.md").read_text(), 0
+    for section in text.split("\n### ")[1:]:
+        lines = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("| ")]
+        for line in lines[2:]:
+            for head, cell in zip(lines[0], line, strict=True):
+                notes = [note for note in section.splitlines() if note.startswith("– in ")]
+                dashes += cell == "–"
+                assert cell != "–" or any(
+                    head in note.partition(":")[0].removeprefix("– in ").split(", ") for note in notes
+                )
+    assert dashes > 10 and ": not known." not in text
+    assert text.endswith("## what could not be read\n\n- none\n")
+
+
+def test_extra_keys_are_ignored_and_an_unknown_optimizer_is_named(tmp_path):
+    folder = critical(tmp_path, "sgd", 8, 0, {"1.0": 9}, steps=9, nu=0.5, injected_noise=None)
+    critical(tmp_path, "qhm", 8, 0, {"1.0": 9}, steps=9)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["results"] |= {"at_first_check": ["1.0"], "full_gradient_steps_to_eps": {"1.0": 3}}
+    (folder / "summary.json").write_text(json.dumps(summary | {"new": []}))
+    runs, left_out = figures.read_runs(tmp_path)
+    assert [r["name"] for r in runs] == [folder.name]
+    assert list(left_out) == ["critical-qhm-b8-seed0"] and "optimizer is 'qhm'" in left_out["critical-qhm-b8-seed0"]
