@@ -117,8 +117,9 @@ def read_run(folder):
     run["as_published"] = all(args.get(key) == value for key, value in AS_PUBLISHED[mode].items())
     if mode == "critical":
         read_steps(run, args, results)
-    measured = [key for key in ("max_gradient_norm", "full_gradient_norm") if results.get(key) is not None]
-    for key in (*measured, *(() if run["diverged"] else NEEDED[mode])):
+    needed = () if run["diverged"] else NEEDED[mode]
+    optional = [key for key in ("max_gradient_norm", "full_gradient_norm") if results.get(key) is not None]
+    for key in (*needed, *optional):
         take(results, key, (0 if key.endswith("norm") else -1e300, 1e300))
     return run
 
@@ -378,17 +379,6 @@ def constants_table(group, rows):
     return out
 
 
-def why_no_delta(row):
-    """Return why the formula gives no δ with this row of constants_table, in words; "" if it does."""
-    if row["c_squared"] is None and row["b_star"] is not None:
-        return "no C²: SHB's bound of b* is singular at β = 0"
-    if row["c_squared"] is None:
-        return f"no C², for want of a b*: {WHY['b_star']}"
-    if row["optimizer"] == "shb" and row["k"] is None:
-        return f"it needs K: {WHY['k']}"
-    return ""
-
-
 def point_table(group, constants):
     """Return one row per optimizer and b: accuracy (%) and training loss over seeds, and δ three ways.
 
@@ -550,9 +540,8 @@ def draw_steps(rows, constants, published):
                 mark_b_star(ax, part, key, star)
                 theirs = {b: n * (b if key == "sfo" else 1) for (e, b), n in published.items() if e == eps}
                 if name == "shb" and theirs:
-                    ax.plot(
-                        theirs.keys(), theirs.values(), "-", marker=".", color="0.4", lw=0.8, label="published SHB"
-                    )
+                    grey = {"marker": ".", "color": "0.4", "lw": 0.8, "label": "published SHB"}
+                    ax.plot(theirs.keys(), theirs.values(), **grey)
             mark_bounds(ax, mine, key, looks)
             ax.set(yscale="log", title=name.upper() if key == "steps" else "")
             ax.label_outer()
@@ -578,7 +567,7 @@ def mark_b_star(ax, rows, key, star):
     if star.get("b_star") is None:
         return
     y_at = {r["batch_size"]: r[f"{key}_mean"] for r in rows if r["steps_are"] == "measured" and not r["diverged"]}
-    hollow = {"mfc": "none", "mec": "k", "color": "k"}
+    hollow = {"mfc": "none", "color": "k"}
     mark(ax, star["b_star"], y_at[star["b_star"]], "measured b*", marker="o", ms=12, **hollow)
     if star["bound"] is None:
         return
@@ -588,10 +577,9 @@ def mark_b_star(ax, rows, key, star):
         label = "theory's bound; C² from b* at the reference ε"
         mark(ax, star["bound"], y, label, marker="s", ms=9, **hollow)
     else:
-        x, marker = (0.03, "$\\leftarrow$") if star["bound"] <= low else (0.97, "$\\rightarrow$")
-        mark(
-            ax, x, y, "theory's bound lies beyond the grid", ax.get_yaxis_transform(), marker=marker, ms=11, color="k"
-        )
+        x, arrow = (0.03, "$\\leftarrow$") if star["bound"] <= low else (0.97, "$\\rightarrow$")
+        label, look = "theory's bound lies beyond the grid", {"marker": arrow, "ms": 11, "color": "k"}
+        mark(ax, x, y, label, ax.get_yaxis_transform(), **look)
 
 
 def draw_accuracy(points):
@@ -612,33 +600,27 @@ def draw_accuracy(points):
 
 def draw_delta(points):
     """Draw δ against b: measured as large hollow marks, our formula as a line, the paper's constants in grey."""
-    columns = ("delta_measured_mean", "delta_formula", "delta_published_constants")
-    known = [p for p in points if p[columns[0]] is not None or p[columns[1]] is not None]
+    known = [p for p in points if p["delta_measured_mean"] is not None or p["delta_formula"] is not None]
     if len({p["batch_size"] for p in known}) < 2:
         return None
     fig, ax = plt.subplots(figsize=(6.5, 5))
     size_axis(ax, points)
-    parts = {name: [p for p in points if p["optimizer"] == name] for name in LOOK}
-    for name, part in parts.items():
-        sampled = [p for p in part if p["sampling_seeds"]]
-        curve(ax, sampled, "delta_measured", **LOOK[name], label=f"{name.upper()}, measured", mfc="none", ms=9, lw=0.6)
-    for key, label, style in (
-        (columns[1], "formula", {}),
-        (columns[2], "paper's C², K", {"color": "0.6", "lw": 0.9, "ms": 3}),
-    ):
-        for name, part in parts.items():
-            there = [p for p in part if p[key] is not None]
-            if not there:
-                continue
-            look = LOOK[name] | {"lw": 4 if name == "sgd" else 1.5} | style  # NSHB's may lie on SGD's
-            source = there[0]["delta_formula_from"] or ""
-            bound = f" (C² from {source}, an edge)" if key == columns[1] and "=" not in source.split() else ""
-            ax.plot(
-                [p["batch_size"] for p in there],
-                [p[key] for p in there],
-                **look,
-                label=f"{name.upper()}, {label}{bound}",
-            )
+    for name, look in LOOK.items():
+        part = [p for p in points if p["optimizer"] == name and p["sampling_seeds"]]
+        curve(ax, part, "delta_measured", **look, label=f"{name.upper()}, measured", mfc="none", ms=9, lw=0.6)
+    for name, look in LOOK.items():
+        part = [p for p in points if p["optimizer"] == name and p["delta_formula"] is not None]
+        if part:
+            source = part[0]["delta_formula_from"]
+            edge = "" if "* = " in source else f" (C² from {source}, an edge)"
+            width = 4 if name == "sgd" else 1.5  # NSHB's may lie on SGD's
+            x, y = [p["batch_size"] for p in part], [p["delta_formula"] for p in part]
+            ax.plot(x, y, **look, lw=width, label=f"{name.upper()}, formula{edge}")
+    for name, look in LOOK.items():
+        part = [p for p in points if p["optimizer"] == name and p["delta_published_constants"] is not None]
+        if part:
+            grey = look | {"color": "0.6", "lw": 0.9, "ms": 3, "label": f"{name.upper()}, paper's C², K"}
+            ax.plot([p["batch_size"] for p in part], [p["delta_published_constants"] for p in part], **grey)
     mark_diverged(ax, points, "sampling_diverged", LOOK)
     ax.set(ylabel=DELTA_LABEL, yscale="log")
     return fig
@@ -655,9 +637,8 @@ def draw_accuracy_delta(points, coefficients):
     for ax, (key, part) in zip(axes[0], known.items(), strict=True):
         for name, look in LOOK.items():
             columns = (key, "accuracy_mean", "accuracy_min", "accuracy_max")
-            x, y, low, high = (
-                np.array([[p[c] for c in columns] for p in part if p["optimizer"] == name]).reshape(-1, 4).T
-            )
+            values = [[p[c] for c in columns] for p in part if p["optimizer"] == name]
+            x, y, low, high = np.array(values).reshape(-1, 4).T
             if any(p["optimizer"] == name for shown in known.values() for p in shown):  # the legend's order
                 ax.errorbar(x, y, [y - low, high - y], **look | {"linestyle": "", "capsize": 2, "label": name.upper()})
         title = ["δ from the formula" if key == "delta_formula" else "δ measured, lr × ‖ω‖"]
@@ -783,9 +764,8 @@ def draw_gradients(runs, left_out):
                 if steps:
                     ax.plot(steps, eps, "ok", mfc="white", ms=6, zorder=5, label="ε reached")
             ax.set(xscale="log", yscale="log", xlabel="step", title=f"{name.upper()}, b = {b}, seed {run['seed']}")
-            table += as_rows(
-                run["name"], first_step=first, last_step=last, norm_min=low, norm_max=high, running_mean=mean
-            )
+            bins = {"first_step": first, "last_step": last, "norm_min": low, "norm_max": high, "running_mean": mean}
+            table += as_rows(run["name"], **bins)
     return fig, table
 
 
@@ -817,7 +797,6 @@ POOLED = "\npooled over coordinates of different scale: how one ω\nis spread ov
 # Why a column of a table has no value ("–"), told beneath the table.
 NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
 NO_C_SQUARED = "no ε has a b*, or it is SHB at β = 0, where the bound is singular"
-NO_STEPS = "every seed diverged before ε"
 WHY = {
     **dict.fromkeys(("b_star", "edge", "range", "critical_seeds", "undecided"), NO_STAR),
     **dict.fromkeys(("bound", "reference_eps", "c_squared", "c_squared_from"), NO_C_SQUARED),
@@ -829,7 +808,7 @@ WHY = {
     "delta_published_constants": "the paper gives no C²",
     "delta_measured": "no sampling run that did not diverge",
     "max_minibatch_norm": "no step of a run that did not diverge",
-    **dict.fromkeys(("steps", "steps_are", "sfo"), NO_STEPS),
+    **dict.fromkeys(("steps", "steps_are", "sfo"), "every seed diverged before ε"),
     "published": "the paper gives none",
     "ratio": "nothing published, or not all of ours measured with the published settings",
     "beyond_6_std": "only the ω drawn are read whole",
@@ -851,7 +830,7 @@ def save_figure(path, fig, title):
         readable_ticks(ax.xaxis)
         readable_ticks(ax.yaxis)
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    labels = [label for label in found if not is_mark(found[label])]
+    labels = [label for label, handle in found.items() if getattr(handle, "zorder", 0) != 5]  # 5: drawn by `mark`
     labels += sorted(set(found) - set(labels))
     columns = int(fig.get_figwidth() * 12 / (max(map(len, labels)) + 7))  # twelve letters an inch
     handles = [found[label] for label in labels]
@@ -862,11 +841,6 @@ def save_figure(path, fig, title):
         fig.savefig(image, format=kind, dpi=150)
         write(path.with_name(f"{path.name}.{kind}"), image.getvalue())
     plt.close(fig)
-
-
-def is_mark(handle):
-    """Whether an entry of the legend was drawn over the curves, as `mark` does."""
-    return hasattr(handle, "get_zorder") and handle.get_zorder() == 5
 
 
 def save_table(path, rows):
@@ -919,8 +893,10 @@ def tell_runs(group, constants):
         name = row["optimizer"].upper()
         if row["k"] is not None:
             lines.append(f"K of {name}: {row['k']:.4g}, ‖∇f‖ at step {row['k_step']:g} of {row['k_run']}")
-        if why := why_no_delta(row):
-            lines.append(f"not drawn: the formula's δ of {name}: {why}")
+        if row["c_squared"] is None:
+            lines.append(f"not drawn: the formula's δ of {name}: no C²: {NO_C_SQUARED}")
+        elif row["optimizer"] == "shb" and row["k"] is None:
+            lines.append(f"not drawn: the formula's δ of {name}: it needs K: {WHY['k']}")
     lines += [f"{'diverged' if run['diverged'] else 'used'}: {run['name']}" for run in group["runs"]]
     return lines + [f"left out: {name}: {reason}" for name, reason in group["left_out"].items()]
 
@@ -941,22 +917,23 @@ def draw(group, out):
     omega_figure, bars, quantiles = draw_omega(runs, omega, left_out)
     gradient_figure, bins = draw_gradients(runs, left_out)
     figures = {
-        "steps": (draw_steps(rows, constants, published), "fewer than two b have critical runs"),
+        "steps": (draw_steps(rows, constants, published), "fewer than two b have steps to any ε"),
         "accuracy": (draw_accuracy(points), "fewer than two b have an accuracy"),
         "delta": (draw_delta(points), "fewer than two b have a δ, by the formula or measured"),
         "accuracy_delta": (draw_accuracy_delta(points, coefficients), "fewer than two points have accuracy and δ"),
         "omega": (omega_figure, "no sampling run with a sound omega.npy"),
         "gradients": (gradient_figure, "no critical run with a sound gradient_norms.f32"),
     }
+    stars = [row for row in constants if row["eps"] is not None]
+    if all(row["b_star"] is None for row in stars):
+        stars = []
     told = {
-        "critical_batch_size": ([row for row in constants if row["eps"] is not None], NO_STAR),
+        "critical_batch_size": (stars, NO_STAR),
         "points": (points, "no runs"),
         "correlations": (coefficients, "fewer than three points with accuracy and δ, or all equal"),
-        "steps": (rows, "no critical runs"),
+        "steps": (rows, "no critical run says anything of ε"),
         "omega": (omega, "no sampling run that did not diverge"),
     }
-    if all(row["b_star"] is None for row in constants):
-        told["critical_batch_size"] = ([], NO_STAR)
     drawn_only = {"omega_histogram": bars, "omega_qq": quantiles, "gradients": bins}
     text, lines = f"\n## {group['slug']}\n", [f"{group['slug']}: {len(runs)} runs used"]
     for name, (fig, why) in figures.items():

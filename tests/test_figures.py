@@ -256,7 +256,7 @@ def test_report_tells_the_tables_the_rules_and_the_runs(sweep):
     ):
         assert part in " ".join(text.split())
     assert "| 1280 |" in text and "| 15982 |" in text and "omega qq" not in text
-    assert "not drawn: steps: fewer than two b have critical runs" in text and "](digits" not in text
+    assert "not drawn: steps: fewer than two b have steps to any ε" in text and "](digits" not in text
     assert "not drawn: accuracy: fewer than two b have an accuracy" in text  # one point is no figure
 
 
