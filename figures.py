@@ -65,7 +65,7 @@ DELTAS = ("delta_formula", "delta_measured_mean")  # the columns of point_table 
 ARROWS = {
     "lower bound": (r"$\uparrow$", "lower bound: a seed did not reach ε"),
     "upper bound": (r"$\downarrow$", "upper bound: ε reached at the first check"),
-    "undetermined": (r"$\updownarrow$", "undetermined: one seed too early, one too late"),
+    "undetermined": (r"$\updownarrow$", "undetermined: one seed at the first check, one not at all"),
 }
 SIZE_LABEL, DELTA_LABEL = "batch size b (samples)", "degree of smoothing δ (parameter distance)"
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5})
@@ -612,7 +612,7 @@ def draw_delta(points):
         part = [p for p in points if p["optimizer"] == name and p["delta_formula"] is not None]
         if part:
             source = part[0]["delta_formula_from"]
-            edge = "" if "* = " in source else f" (C² from {source}, an edge)"
+            edge = "" if "* = " in source else f" (C² from {source})"
             width = 4 if name == "sgd" else 1.5  # NSHB's may lie on SGD's
             x, y = [p["batch_size"] for p in part], [p["delta_formula"] for p in part]
             ax.plot(x, y, **look, lw=width, label=f"{name.upper()}, formula{edge}")
@@ -832,7 +832,7 @@ def save_figure(path, fig, title):
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     labels = [label for label, handle in found.items() if getattr(handle, "zorder", 0) != 5]  # 5: drawn by `mark`
     labels += sorted(set(found) - set(labels))
-    columns = int(fig.get_figwidth() * 12 / (max(map(len, labels)) + 7))  # twelve letters an inch
+    columns = int(fig.get_figwidth() * 14 / (max(map(len, labels)) + 7))  # fourteen letters an inch
     handles = [found[label] for label in labels]
     fig.legend(handles, labels, loc="outside lower center", ncols=max(1, columns))
     fig.suptitle(title, fontsize=10)

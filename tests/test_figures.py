@@ -823,7 +823,7 @@ def test_a_curve_whose_c_squared_rests_on_an_edge_says_so(tmp_path, monkeypatch)
     assert [c["c_squared_from"] for c in constants] == ["b* <= 8", "b* = 16"]
     assert {(p["optimizer"], p["delta_formula_from"]) for p in points} == {("sgd", "b* <= 8"), ("nshb", "b* = 16")}
     fig, _ = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")[0]["delta"]
-    assert fig.axes[0].get_legend_handles_labels()[1] == ["SGD, formula (C² from b* <= 8, an edge)", "NSHB, formula"]
+    assert fig.axes[0].get_legend_handles_labels()[1] == ["SGD, formula (C² from b* <= 8)", "NSHB, formula"]
 
 
 def test_a_bound_beyond_the_grid_is_an_arrow_at_its_edge(tmp_path):
