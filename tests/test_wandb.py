@@ -52,21 +52,27 @@ def test_offline_files_hold_what_a_dashboard_needs(tmp_path):
     found = records(directory)
     (run,) = [r.run for r in found if r.HasField("run")]
     assert (run.display_name, run.run_group, run.job_type) == ("r-seed0", "r", "sampling")
-    assert (run.project, run.entity, set(run.tags)) == ("role_of_momentum", "", {"digits", "ResNet20", "shb"})
+    tags = {"digits", "ResNet20", "shb", "lr 0.1", "b 479", "β 0.9"}
+    assert (run.project, run.entity, set(run.tags)) == ("role_of_momentum", "", tags)
     config = items(run.config.update)
     assert config["batchsize"] == 479 and config["environment"]["torch"]
+    assert config["sampling_steps"] == 7 and config["full_grad_batchsize"] == 1000
+    assert not {"epochs", "eps", "min_epochs", "wandb_mode", "runs_dir", "resume"} & config.keys()  # of no use here
     metrics = {m.metric.name or m.metric.glob_name: m.metric for m in found if m.HasField("metric")}
     assert metrics["*"].step_metric == "steps" and metrics["accuracy"].summary.max
     history = [items(r.history.item) for r in found if r.HasField("history")]
+    (histogram,) = [h for h in history if h.get("omega/_type") == "histogram" or "omega" in h]
+    assert histogram["steps"] == 7 and str(histogram).count("histogram")
+    history.remove(histogram)
     assert [h["steps"] for h in history] == [3, 6, 7]
     assert {"g-norm", "ave-norm", "training_loss"} <= history[0].keys()
+    assert not config.keys() & {key for h in history for key in h}  # no setting under the name of a metric
     totals = {}
     for record in found:
         totals |= items(record.summary.update)
     assert totals["status"] == "finished" and totals["noise_norm"] == pytest.approx(
         summary(directory)["results"]["noise_norm"]
     )
-    assert any(k == "omega" or k.startswith("omega/") for k in totals) and str(totals).count("histogram")
     assert not Path("/nonexistent").exists()
 
 
