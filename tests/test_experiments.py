@@ -144,7 +144,7 @@ def test_the_first_crossing_is_exact(tmp_path, eps, min_epochs, seed, batchsize)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("shapes", [[(512, 512, 3, 3), (512,), (100, 512)], [(640, 640, 3, 3), ()], [(1,)]])
 def test_the_gradient_norm_is_exact_in_float32(shapes, seed):
-    """One sum of all squares in float32 is 5e-6 too small here, and 3e-5 with the gradients of a real ResNet18."""
+    """One sum of all squares in float32 is 5e-6 too small here, and 2e-5 with the gradients of a real ResNet18."""
     torch.manual_seed(seed)
     gradients = [torch.randn(shape) * torch.rand(()) for shape in shapes]
     exact = sum(g.double().square().sum().item() for g in gradients) ** 0.5
@@ -155,7 +155,7 @@ def test_the_gradient_norm_is_exact_in_float32(shapes, seed):
 @pytest.mark.parametrize("first_check", [1, 5, 203, 300])
 @pytest.mark.parametrize("eps", [0.3, 0.5, 2.0, 1e-9])
 def test_first_crossing_against_a_loop(first, first_check, eps):
-    means = np.random.default_rng(first_check).random(20)
+    means = np.random.default_rng(first_check).integers(0, 9, 20) / 4  # some equal to ε
     expected = next((first + i for i, m in enumerate(means) if m <= eps and first + i >= first_check), None)
     assert main.first_crossing(means, first, eps, first_check) == expected
 
