@@ -160,6 +160,22 @@ def test_first_crossing_against_a_loop(first, first_check, eps):
     assert main.first_crossing(means, first, eps, first_check) == expected
 
 
+def test_a_new_eps_is_looked_for_in_the_history_in_double_precision():
+    norms = np.linspace(1, 0.9, 200_000).astype("<f4")
+    total, expected = 0.0, None
+    for t, norm in enumerate(norms.tolist(), start=1):
+        total += norm
+        if total / t <= 0.97:
+            expected = t
+            break
+    in_float32 = np.cumsum(norms) / np.arange(1, len(norms) + 1)
+    assert np.flatnonzero(in_float32 <= 0.97)[0] + 1 != expected  # or else this test could not tell
+    record = SimpleNamespace(norms=lambda count: norms[:count])
+    args = SimpleNamespace(eps=[0.97, 0.5])
+    known = SimpleNamespace(args=args, results={"steps_to_eps": {"0.5": 7}}, sums={"steps": len(norms)}, record=record)
+    assert main.reached_before(known, 1) == {"0.97": expected, "0.5": 7}
+
+
 def test_what_comes_after_the_last_crossing_is_no_part_of_the_run(tmp_path, monkeypatch):
     """A divergence in the same window, for instance."""
     step = training.Training.eager_step
