@@ -15,10 +15,10 @@ MODELS = ("ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20")
 WANDB_MODES = ("online", "offline", "disabled")
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
 
-# What may differ between a run and its resumption: where it runs and what is logged, and the two caps.
+# What may differ between a run and its resumption: where and how it runs, what is logged, and the two caps.
 FREE_ON_RESUME = {
     *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every", "print_name"),
-    *("wandb_entity", "wandb_project", "wandb_mode", "epochs", "max_steps"),
+    *("wandb_entity", "wandb_project", "wandb_mode", "epochs", "max_steps", "save_memory"),
 }
 
 
@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
+    add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
     add = parser.add_argument_group("the record").add_argument
