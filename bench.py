@@ -5,8 +5,8 @@ textbook  torchvision's data set with PIL transforms in two DataLoader workers, 
 bare      forward, backward and update on one batch that is on the device already: what no loop can beat
 ours      main.normal and main.critical as they are, records included, wandb and evaluation not; in sampling the
           full gradient, beside bare forward and backward passes over as many images. graphed: under --compile;
-          saving: under --save_memory, which measures no more than normal of ours and saving, and estimates from
-          the peaks at the smallest and the largest of --batchsizes what b = 8192 would take
+          saving: under --save_memory, which measures no more than normal of ours and saving, and
+          counts what their passes allocate, at b = 8192 too
 
 The sides take turns, in blocks of as many steps; before each block come a few steps that are not timed, and the
 device is synchronized before a clock is read. Shown are medians over the blocks, and quartiles. Each side has a
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -42,6 +43,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
 
@@ -290,20 +293,51 @@ def record_size(args: argparse.Namespace, data: datasets.Data) -> float:
     return 4e6 + (1e6 / training.WINDOW + 1e6 * args.batchsize / data.size) * sum(map(len, lines)) / len(lines)
 
 
-def estimate(rows: list[dict], batchsize: int = 8192) -> list[dict]:
-    """For each network and side, bytes an image and at `batchsize`, by a straight line through two measured peaks.
+class LiveBytes(TorchDispatchMode):
+    """Counts the tensors made while it is active: `live`, their bytes now, and `most`, the most there were."""
 
-    The two are those at the smallest and the largest batch size; with only one there is no line, and no estimate.
+    def __init__(self):
+        super().__init__()
+        self.known, self.live, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage until it is freed, if it is new."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        """Take a freed storage away."""
+        self.known.discard(key)
+        self.live -= size
+
+
+def counted(model: str, images: int, side: str) -> dict:
+    """Bytes that a forward and backward pass of `images` images allocates, weights not counted; exact, and at no cost.
+
+    kept_bytes: alive between the two passes. most_bytes: at most. The networks hold no data (torch's meta device);
+    what a convolution's kernel needs for itself is not in it.
     """
-    found = []
-    for model, side in dict.fromkeys((row["model"], row["side"]) for row in rows):
-        peaks = {r["images_a_step"]: r["peak_bytes"] for r in rows if (r["model"], r["side"]) == (model, side)}
-        small, large = min(peaks), max(peaks)
-        if small < large:
-            an_image = (peaks[large] - peaks[small]) / (large - small)
-            point = {"model": model, "side": side, "bytes_an_image": an_image, "batchsize": batchsize}
-            found.append(point | {"estimated_bytes": peaks[large] + an_image * (batchsize - large)})
-    return found
+    with torch.device("meta"):
+        network = models.build(model, 100)
+        x, y = torch.empty(images, 3, 32, 32), torch.empty(images, dtype=torch.int64)
+    if side == "saving":
+        models.save_memory(network)
+    with LiveBytes() as count:
+        loss = F.cross_entropy(network(x), y)
+        kept = count.live
+        torch.autograd.grad(loss, list(network.parameters()))
+    return {"model": model, "side": side, "images": images, "kept_bytes": kept, "most_bytes": count.most}
 
 
 def label(row: dict) -> str:
@@ -390,10 +424,13 @@ def run(argv: list[str]) -> int:
         rows += found
         print(*map(line, found), sep="\n", flush=True)
         utils.write_json(args.out, content)  # so that what is measured outlives whatever comes
-    content["estimates"] = estimate(rows) if args.save_memory else []
-    for point in content["estimates"]:
-        text = f"{point['bytes_an_image'] / 1e6:.1f} MB an image, {point['estimated_bytes'] / 1e9:.0f} GB"
-        print(f"{point['model']} {point['side']}: {text} at b = {point['batchsize']} (estimated, not measured)")
+    sizes = [*args.batchsizes, 8192] if args.save_memory else []
+    content["counted"] = [
+        counted(model, b, name) for model in args.models for b in sizes for name in ("ours", "saving")
+    ]
+    for row in content["counted"]:
+        text = f"{row['kept_bytes'] / 1e9:.3g} GB kept for the backward pass, {row['most_bytes'] / 1e9:.3g} GB at most"
+        print(f"{row['model']} b={row['images']} {row['side']}: {text} (counted, not measured)")
     # Few blocks contain the start of an epoch, so it is shown by itself.
     STATE.update(block=lambda number: next(data.epoch(number, 1)), device=device)
     epoch = min(timed(1) for _ in range(5))

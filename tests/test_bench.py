@@ -103,7 +103,7 @@ def test_the_table_and_the_machine_are_shown(measured):
     assert done.stderr == ""
 
 
-def test_save_memory_measures_both_sides_and_estimates_what_it_cannot(monkeypatch, tmp_path, capsys):
+def test_save_memory_measures_both_sides_and_counts_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
     def measure(args, data, model, images, sides):
         assert [(mode, start) for _, mode, start in sides] == [("normal", 1000)] * 2
         row = {"mode": "normal", "start": 1000, "model": model, "images_a_step": images, "ratios": {}}
@@ -119,13 +119,13 @@ def test_save_memory_measures_both_sides_and_estimates_what_it_cannot(monkeypatc
     assert [(row["side"], row["images_a_step"]) for row in content["rows"]] == [
         *(("ours", 16), ("saving", 16), ("ours", 64), ("saving", 64))
     ]
-    assert [(e["side"], e["bytes_an_image"], e["estimated_bytes"]) for e in content["estimates"]] == [
-        ("ours", 20e6, 1e9 + 20e6 * 8192),
-        ("saving", 5e6, 1e9 + 5e6 * 8192),
-    ]
-    assert "ResNet18 saving: 5.0 MB an image, 42 GB at b = 8192 (estimated, not measured)" in capsys.readouterr().out
-    assert bench.run([*argv, "--batchsizes", "16"]) == 0
-    assert json.loads((tmp_path / "o.json").read_text())["estimates"] == []
+    counts = {(row["side"], row["images"]): row["kept_bytes"] for row in content["counted"]}
+    assert list(counts) == [(side, b) for b in (16, 64, 8192) for side in ("ours", "saving")]
+    # By hand, floats an image: the input of every BatchNorm and every ReLU's output, the stem's too.
+    outputs = 4 * (4 * 64 * 1024 + 4 * 128 * 256 + 4 * 256 * 64 + 4 * 512 * 16) // 2 + 2 * 64 * 1024
+    shortcuts = 128 * 256 + 256 * 64 + 512 * 16
+    assert counts["ours", 8192] == pytest.approx(4 * 8192 * (outputs + shortcuts), rel=0.01)
+    assert "ResNet18 b=8192 saving: 12.1 GB kept" in capsys.readouterr().out
 
 
 def test_images_are_the_cached_ones_or_random_ones(tmp_path, cifar_dir):
