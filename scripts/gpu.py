@@ -20,6 +20,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -208,13 +209,14 @@ def published(args: argparse.Namespace, found: dict, deadline: float) -> None:
     flags = ["--optimizer=shb", f"--batchsize={POINT['batchsize']}", "--eps", *POINT["eps"], "--checkpoint_every=60"]
     flags += [f"--data_dir={args.data_dir}", f"--runs_dir={args.out / 'runs'}", "--name=published", "--resume"]
     directory = args.out / "runs" / "published"
+    log = args.out / "published.log"
     try:
-        run([train(args, *flags, *found["flags"])], args.out / "published.log", deadline)
+        run([train(args, *flags, *found["flags"])], log, deadline)
     finally:
-        if (directory / "metrics.csv").exists():
-            found["steps_made"] = int(progress(directory)[0][-1])
+        stopped = re.findall(r"stopped after step (\d+)", log.read_text(errors="replace")) if log.exists() else []
+        found["steps_made"] = int(stopped[-1]) if stopped else 0
     summary = json.loads((directory / "summary.json").read_text())
-    found |= {"status": summary["status"], "seconds": summary["seconds"], "rows": []}
+    found |= {key: summary[key] for key in ("status", "steps", "seconds")} | {"rows": []}
     with open(ROOT / "published_shb_steps.csv", newline="") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     (theirs,) = (row for row in rows if int(row["batch_size"]) == POINT["batchsize"])
@@ -258,7 +260,9 @@ def section(name: str, found: dict) -> list[str]:
     if name == "packed":
         return table("runs | steps/s of all", [(count, one["steps_a_second"]) for count, one in found.items()])
     rows = [(row["eps"], row["steps"], row["published"]) for row in found.get("rows", [])]
-    lines = [f"{found.get('steps_made', 0):,} steps made, with {found.get('flags') or 'eager steps'}."]
+    lines = [
+        f"{found.get('steps', found.get('steps_made', 0)):,} steps made, with {found.get('flags') or 'eager steps'}."
+    ]
     return lines + (table("ε | steps, one seed | published", rows) if rows else [])
 
 
