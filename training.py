@@ -53,6 +53,8 @@ class Training:
         self.check_signals = signals.check if signals else lambda: None
         torch.manual_seed(args.seed)
         self.model = models.build(args.model, data.spec.classes).to(data.device, memory_format=data.layout)
+        if args.save_memory:
+            models.save_memory(self.model)
         options = {} if args.optimizer == "sgd" else {"momentum": args.beta1}
         self.optimizer = OPTIMIZERS[args.optimizer](self.model.parameters(), lr=args.lr, **options)
         self.train_step = Graphed(self) if args.compile else self.eager_step

@@ -1,4 +1,4 @@
-"""Runs main.py's experiments in a process forked from one that has torch loaded, and sabotages them there."""
+"""Runs main.py's experiments on the CPU, in a process forked from one that has torch loaded, and sabotages them."""
 
 import multiprocessing
 import os
@@ -100,7 +100,7 @@ def _run(argv, directory, sabotage):
         os.setgid(65534)
         os.setuid(65534)
     try:
-        args = arguments.parse(argv)
+        args = arguments.parse(["--device", "cpu", *argv])
     except arguments.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -155,6 +155,7 @@ def test_a_pickle_in_the_data_cache_is_not_run(tmp_path):
 
 
 def test_a_run_that_exists_is_not_touched(tmp_path):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     argv = [*QUICK, "--name", "x"]
     assert run_main(*argv, cwd=tmp_path).returncode == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -1,9 +1,7 @@
-import copy
 import csv
 import platform
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Tiny, make_data, summary
 
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 import arguments
 import data as datasets
 import main
@@ -27,18 +26,17 @@ def tiny(monkeypatch):
 
 
 def start(*argv, data=None):
-    """A Training without a record."""
-    args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", *map(str, argv)])
+    """A Training without a record, on the CPU."""
+    args = arguments.parse(["--device", "cpu", "--dataset", "digits", "--model", "ResNet20", *map(str, argv)])
     return training.Training(
         args, data or datasets.load("digits", Path("unused"), torch.device("cpu"), args.seed), None, None
     )
 
 
 def run(tmp_path, *argv):
-    """A whole run in this process: its exit status and directory."""
-    args = arguments.parse(
-        ["--dataset", "digits", "--model", "ResNet20", "--runs_dir", str(tmp_path), *map(str, argv)]
-    )
+    """A whole run in this process, on the CPU: its exit status and directory."""
+    flags = ["--device", "cpu", "--dataset", "digits", "--model", "ResNet20", "--runs_dir", str(tmp_path)]
+    args = arguments.parse([*flags, *map(str, argv)])
     return main.main(args), tmp_path / args.name
 
 
@@ -414,96 +412,11 @@ def test_bf16_holds_where_the_noise_is_measured(tmp_path):
 @pytest.mark.parametrize("precision", ["default", "ieee", "bf16"])
 def test_ieee_turns_tf32_off(precision):
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    benchmark = torch.backends.cudnn.benchmark
-    try:
-        for backend in backends:
-            backend.fp32_precision = "tf32"
-        main.set_up(start("--precision", precision).args)
-        expected = "ieee" if precision == "ieee" else "tf32"
-        assert [backend.fp32_precision for backend in backends] == [expected] * 2
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """A function that makes a Training of the real ResNet20 on the first GPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    monkeypatch.setitem(models._MODELS, "ResNet20", models.ResNet20)
-    benchmark = torch.backends.cudnn.benchmark
-
-    def make(*flags):
-        args = arguments.parse(["--dataset", "digits", "--model", "ResNet20", *map(str, flags)])
-        main.set_up(args)
-        data = datasets.load("digits", Path("unused"), torch.device("cuda:0"), 0)
-        return training.Training(args, data, None, None)
-
-    yield make
-    torch.backends.cudnn.benchmark = benchmark
-    torch.use_deterministic_algorithms(False)
-
-
-def trajectory(run, last):
-    """Losses, gradient norms and the weights that `run` ends with."""
-    run.last = last
-    windows = list(run.windows())
-    values = [np.concatenate([getattr(w, key) for w in windows]) for key in ("losses", "norms")]
-    return *values, [v.cpu() for v in run.model.state_dict().values()]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_graphed_and_eager_trajectories_agree(on_gpu, optimizer):
-    """From the start, and from a checkpoint whose momentum the graph must take over."""
-    flags = ("--optimizer", optimizer, "--batchsize", 100, "--lr", 0.01, "--deterministic")
-    eager, contents = on_gpu(*flags), []
-    eager.record = SimpleNamespace(save_checkpoint=contents.append, bar=SimpleNamespace(update=lambda: None))
-    head = trajectory(eager, 110)
-    eager.save()
-    saved = copy.deepcopy(contents[0])
-    tail = trajectory(eager, 320)
-    whole = [np.concatenate(pair) for pair in zip(head[:2], tail[:2], strict=True)]
-    resumed = on_gpu(*flags, "--compile")
-    resumed.load(saved)
-    for run, expected in ((on_gpu(*flags, "--compile"), (*whole, tail[2])), (resumed, tail)):
-        *values, weights = trajectory(run, 320)
-        for got, want in zip(values, expected[:2], strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-3)
-        for p, q in zip(weights, expected[2], strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-
-
-def test_capturing_leaves_no_trace(on_gpu):
-    run, eager = on_gpu("--batchsize", 100, "--compile"), on_gpu("--batchsize", 100)
-    random = torch.cuda.get_rng_state(), torch.get_rng_state()
-    for x, y in islice(run.data.epoch(0, 100), 3):
-        torch.testing.assert_close(run.train_step(x, y), eager.train_step(x, y), rtol=1e-4, atol=1e-4)
-    for p, q in zip(run.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    assert torch.equal(random[0], torch.cuda.get_rng_state()) and torch.equal(random[1], torch.get_rng_state())
-
-
-@pytest.mark.parametrize("flags", [(), ("--compile",)])
-def test_no_step_waits_for_the_gpu(on_gpu, flags):
-    run = on_gpu("--batchsize", 8, *flags)
-    run.last, step = 100, run.train_step
-    list(run.windows())
-    run.last = 150
-
-    def watched(x, y):  # from here on, since an epoch begins with copies of its plan
-        torch.cuda.set_sync_debug_mode("error")
-        return step(x, y)
-
-    run.train_step = watched
-    try:
-        with pytest.raises(RuntimeError, match="synchroniz"):  # the reading of the window, and nothing before it
-            next(run.windows())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert run.step == 150
+    for backend in backends:
+        backend.fp32_precision = "tf32"
+    main.set_up(start("--precision", precision).args)
+    expected = "ieee" if precision == "ieee" else "tf32"
+    assert [backend.fp32_precision for backend in backends] == [expected] * 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")

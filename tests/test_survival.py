@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import child
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_main, summary
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+import child
 
 BASE = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 64, "--lr", 0.02, "--name", "r"]
 MODES = {  # 23 steps an epoch
@@ -156,6 +158,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 def test_signals_to_the_real_command(tmp_path):
     """A whole process with the real ResNet20: its statuses as a shell sees them, and going on to the end."""
     argv = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "128", "--epochs", "2", "--name", "r"]
+    argv += ["--device", "cpu"]
     command = [sys.executable, str(ROOT / "main.py"), *argv]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert "epoch 1" in process.stdout.readline()
@@ -171,7 +174,7 @@ def test_signals_to_the_real_command(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_ctrl_c_while_torch_loads_is_no_traceback(tmp_path):
-    command = [sys.executable, str(ROOT / "main.py"), "--dataset", "digits"]
+    command = [sys.executable, str(ROOT / "main.py"), "--dataset", "digits", "--device", "cpu"]
     restore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, **restore) as process:
         deadline = time.monotonic() + 60
@@ -469,7 +472,7 @@ def test_in_a_terminal_there_is_a_progress_bar_and_ctrl_c_stops(tmp_path):
 
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    argv = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "128", "--epochs", "50"]
+    argv = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "128", "--epochs", "50", "--device", "cpu"]
     command = [sys.executable, str(ROOT / "main.py"), *argv]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdin=follower, stdout=follower, stderr=follower, start_new_session=True

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_main, summary
+from conftest import ROOT, TESTS, run_main, summary
 
 wandb = pytest.importorskip("wandb")
-ARGS = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "479", "--name", "r-seed0"]
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+ARGS = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "479", "--name", "r-seed0", "--device", "cpu"]
 CLEAN = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "/nonexistent", "NETRC": "/nonexistent"}
 
 
@@ -136,7 +137,7 @@ def test_the_environment_and_the_flag_are_respected(tmp_path):
 def test_wandb_missing_or_broken_at_its_start(module, warns, tmp_path):
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "wandb.py").write_text(module)
-    env = CLEAN | {"PYTHONPATH": str(tmp_path / "fake")}
+    env = CLEAN | {"PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{TESTS}"}
     done = run_main(*ARGS, "--max_steps", 2, cwd=tmp_path, env=env)
     assert done.returncode == 0 and warns in done.stderr and "Traceback" not in done.stderr, done
     assert done.stderr.count("\n") == 1 and summary(tmp_path / "runs" / "r-seed0")["status"] == "finished"
