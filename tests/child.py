@@ -11,7 +11,7 @@ from pathlib import Path
 import sklearn.datasets
 import torch
 import torch._dynamo  # an optimizer loads it, which takes a second
-from conftest import Tiny
+from conftest import PATIENCE, Tiny
 
 import arguments
 import main
@@ -54,9 +54,9 @@ def die_after_rename(source, target):
 
 
 def slow_write(content, file):
-    """A checkpoint that takes a minute."""
+    """A checkpoint that takes ten minutes."""
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def lucky(run):
@@ -126,6 +126,6 @@ def run(argv, directory, sabotage=""):
     log = Path(directory) / "log"
     before = log.stat().st_size if log.exists() else 0
     process = start(argv, directory, sabotage)
-    process.join(120)
-    assert process.exitcode is not None, "still running after 120 s"
+    process.join(PATIENCE)
+    assert process.exitcode is not None, f"still running after {PATIENCE} s"
     return process.exitcode, log.read_bytes()[before:].decode()
