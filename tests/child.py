@@ -16,6 +16,7 @@ from conftest import Tiny
 import arguments
 import main
 import models
+import record
 import utils
 
 torch.set_num_threads(1)
@@ -41,14 +42,14 @@ def die_in_write(content, file):
 def die_between_renames(source, target):
     """SIGKILL when the newest checkpoint has become the one before and the new one is not in place."""
     _replace(source, target)
-    if Path(target).name == utils.CHECKPOINTS[1]:
+    if Path(target).name == record.CHECKPOINTS[1]:
         _kill()
 
 
 def die_after_rename(source, target):
     """SIGKILL right after a checkpoint is in place, the third time."""
     _replace(source, target)
-    _after["n"] += Path(target).name == utils.CHECKPOINTS[0]
+    _after["n"] += Path(target).name == record.CHECKPOINTS[0]
     if _after["n"] == 3:
         _kill()
 
