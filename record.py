@@ -127,7 +127,6 @@ class Record:
             warn_of_other_bits(parts[-1], now)
         given = os.environ.get("WANDB_RUN_ID")  # by a wandb agent, whose sweep knows the run by it
         run_id = given or (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
-        self._logged = last_step(self.directory / "metrics.csv", self.rows) if run_id == before.get("wandb_id") else 0
         self._about = {"args": vars(self.args), "data_checksum": self.data_checksum}
         self._about |= {"wandb_id": run_id, "environments": [*parts, now]}
         self._restore("args.json", to_json(self._about))
@@ -136,7 +135,8 @@ class Record:
         config = plain(result_arguments(self.args) | {"environment": now})
         if "steps" in config:
             config["sampling_steps"] = config.pop("steps")  # `steps` is the axis of every metric
-        self.dashboard = Dashboard(self.args, self.directory, config, run_id)
+        known = [{key: float(v) for key, v in row.items()} for row in csv.DictReader("".join(self.rows).splitlines())]
+        self.dashboard = Dashboard(self.args, self.directory, config, run_id, known)
         total = planned_steps(self.args)
         self.bar = tqdm(
             total=None if total == ENDLESS else total, initial=step, unit="step", disable=not sys.stderr.isatty()
@@ -154,8 +154,7 @@ class Record:
         self.rows.append(text.getvalue())
         self._csv.write(self.rows[-1])
         self._csv.flush()
-        if row["steps"] > self._logged:  # wandb cannot take back what it got before a kill
-            self.dashboard.send(lambda run: run.log(row))
+        self.dashboard.log(row)
         if show:
             line = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "steps")
             with tqdm.external_write_mode():
@@ -399,16 +398,6 @@ def warn_of_other_bits(before: dict, now: dict) -> None:
     changed = [f"{key} {now[key]} (was {before[key]})" for key in keys if before.get(key, now[key]) != now[key]]
     if changed:
         warn(f"resumed with {', '.join(changed)}: the last bits may differ from an uninterrupted run's; see args.json")
-
-
-def last_step(path: Path, rows: list[str]) -> int:
-    """The last step that metrics.csv has a row for, if the file begins with `rows`; else 0."""
-    content, known = path.read_bytes() if path.is_file() else b"", "".join(rows).encode()
-    if not content.startswith(known):
-        return 0
-    whole = content[: content.rfind(b"\n") + 1].splitlines()
-    last = whole[-1].split(b",")[0] if whole else b""
-    return int(last) if last.isdigit() else 0
 
 
 def print_results(heading: str, results: dict) -> None:

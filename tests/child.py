@@ -1,5 +1,7 @@
 """Runs main.py's experiments in a process forked from one that has torch loaded, and sabotages them there."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -73,6 +75,53 @@ class Signalling(utils.Signals):
         super().check()
 
 
+def stop_core(pid=None):
+    """SIGSTOP to the wandb-core of a process."""
+    children = Path(f"/proc/{pid or os.getpid()}/task/{pid or os.getpid()}/children").read_text().split()
+    for core in children:
+        if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
+            os.kill(int(core), signal.SIGSTOP)
+
+
+def replace_metrics():
+    """As editors do: to another file, then renamed."""
+    Path("edited").write_text(Path("runs/r/metrics.csv").read_text()[:-10] + "oops")
+    os.replace("edited", "runs/r/metrics.csv")
+
+
+MEDDLING = {
+    "replace_metrics": replace_metrics,
+    "delete_metrics": lambda: os.unlink("runs/r/metrics.csv"),
+    "delete_args": lambda: os.unlink("runs/r/args.json"),
+    "cut_norms": lambda: os.truncate("runs/r/gradient_norms.f32", 10),
+    "delete_norms": lambda: os.unlink("runs/r/gradient_norms.f32"),
+}
+
+
+class Meddling(utils.Signals):
+    """One of MEDDLING at the 250th check, when each file is there."""
+
+    def check(self):
+        _after["n"] += 1
+        if _after["n"] == 250:
+            MEDDLING[Meddling.kind]()
+        super().check()
+
+
+def no_locks(*_):
+    """As on NFS or Lustre mounted without them."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def lose_omega(*arguments, **named):
+    """ω is gone as soon as it is saved."""
+    _save_omega(*arguments, **named)
+    os.unlink("runs/r/omega.npy")
+
+
+_save_omega = record.Record.save_omega
+
+
 def _run(argv, directory, sabotage):
     os.chdir(directory)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -89,6 +138,19 @@ def _run(argv, directory, sabotage):
         Signalling.at, main.Signals = int(value), Signalling
     elif kind == "file_limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))
+    elif kind in MEDDLING:
+        Meddling.kind, main.Signals = kind, Meddling
+    elif kind == "no_locks":
+        fcntl.flock = no_locks
+    elif kind == "lose_omega":
+        record.Record.save_omega = lose_omega
+    elif kind == "other_pixels":
+        _digits.images[0, 0, 0] += 1
+    elif kind == "threads":
+        torch.set_num_threads(int(value))
+    elif kind == "memory":  # so many bytes more than now
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + int(value), resource.RLIM_INFINITY))
     elif kind == "nobody":
         os.setgid(65534)
         os.setuid(65534)
