@@ -17,10 +17,10 @@ MODELS = ("ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20")
 WANDB_MODES = ("online", "offline", "disabled")
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
 
-# What has no say in the result: where a run lives, and what is logged.
+# What has no say in the result: where and how a run is made, and what is logged.
 ADMINISTRATION = {
     *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every", "print_name"),
-    *("wandb_entity", "wandb_project", "wandb_mode"),
+    *("wandb_entity", "wandb_project", "wandb_mode", "save_memory"),
 }
 # What a run can still be given more of when it is resumed; main.py sees to it that it is not less.
 EXTENSIBLE = {"epochs", "max_steps", "eps"}
@@ -182,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
+    add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
     add = parser.add_argument_group("the record").add_argument

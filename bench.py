@@ -4,7 +4,9 @@ textbook  torchvision's data set with PIL transforms in two DataLoader workers, 
           step; in critical mode also a norm with .item() for each parameter, and the mean of a growing list
 bare      forward, backward and update on one batch that is on the device already: what no loop can beat
 ours      main.normal and main.critical as they are, records included, wandb and evaluation not; in sampling the
-          full gradient, beside bare forward and backward passes over as many images. graphed: under --compile
+          full gradient, beside bare forward and backward passes over as many images. graphed: under --compile;
+          saving: under --save_memory, which measures no more than normal of ours and saving, and
+          counts what their passes allocate, at b = 8192 too
 
 The sides take turns, in blocks of as many steps; before each block come a few steps that are not timed, and the
 device is synchronized before a clock is read. Shown are medians over the blocks, and quartiles. Each side has a
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -40,6 +43,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
 
@@ -150,7 +155,7 @@ def ours(args: argparse.Namespace, data: datasets.Data) -> Callable[[int], None]
     return block
 
 
-SIDES = {"textbook": textbook, "bare": bare, "ours": ours, "graphed": ours}
+SIDES = {"textbook": textbook, "bare": bare, "ours": ours, "graphed": ours, "saving": ours}
 
 
 def load(args: argparse.Namespace, images: int = 50_000) -> datasets.Data:
@@ -231,8 +236,9 @@ def alternate(pools: dict, size: int, images: int, seconds: float, rounds: int) 
 
     A block lasts about `seconds` on the first side, and has as many steps on every other.
     """
-    whole = max(1, datasets.BLOCK // images)  # or else some blocks would pay for augmentation and others not
     probe = next(iter(pools.values())).submit(timed_block, 1).result()
+    # Whole augmentation blocks, or else some would pay for one and others not: nothing beside steps that long.
+    whole = max(1, datasets.BLOCK // images) if probe < seconds else 1
     steps = min(whole * ceil(seconds / probe / whole), size // images)
     times = {side: [] for side in pools}
     for turn in range(rounds):
@@ -254,6 +260,7 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
             argv += ["--data_dir", args.data_dir, "--runs_dir", directory, "--name", f"{name}-{mode}-{start}"]
             argv += ["--eps", 1e-9, 2e-9, 3e-9, "--epochs", 10**9, "--checkpoint_every", 1e9]
             argv += ["--wandb_mode", "disabled", *["--compile"] * (name == "graphed")]
+            argv += ["--save_memory"] * (name == "saving")
             each[side] = arguments.parse([*map(str, argv)])
             each[side].start = start
         pools = {side: stack.enter_context(ProcessPoolExecutor(1, context, leave_with_parent)) for side in sides}
@@ -267,8 +274,9 @@ def measure(args: argparse.Namespace, data: datasets.Data, model: str, images: i
             row |= {"images_a_second": images / seconds, "us_an_image": 1e6 * seconds / images, "ratios": {}}
             row |= {"peak_bytes": peaks[side], "seconds_to_first_step": first[side]}
             name, mode, start = side
-            others = {"textbook": ("textbook", mode, start), "bare": sides[0], "normal": (name, "normal", EARLY)}
-            others["early"] = (name, mode, EARLY)
+            bare_mode = "sampling" if mode == "sampling" else "normal"
+            others = {"textbook": ("textbook", mode, start), "bare": ("bare", bare_mode, EARLY)}
+            others |= {"normal": (name, "normal", EARLY), "early": (name, mode, EARLY)}
             for key, other in others.items():
                 if name in ("ours", "graphed") and other in times and other != side:
                     row["ratios"][f"over_{key}"] = float(np.median(times[other])) / seconds
@@ -285,6 +293,53 @@ def record_size(args: argparse.Namespace, data: datasets.Data) -> float:
     """Bytes that a million steps add to a record of critical: gradient norms, and rows by the window and epoch."""
     lines = (args.runs_dir / args.name / "metrics.csv").read_bytes().splitlines(keepends=True)[1:]
     return 4e6 + (1e6 / training.WINDOW + 1e6 * args.batchsize / data.size) * sum(map(len, lines)) / len(lines)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the tensors made while it is active: `live`, their bytes now, and `most`, the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.live, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage until it is freed, if it is new."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        """Take a freed storage away."""
+        self.known.discard(key)
+        self.live -= size
+
+
+def counted(model: str, images: int, side: str) -> dict:
+    """Bytes that a forward and backward pass of `images` images allocates, weights not counted; exact, and at no cost.
+
+    kept_bytes: alive between the two passes. most_bytes: at most. The networks hold no data (torch's meta device);
+    what a convolution's kernel needs for itself is not in it.
+    """
+    with torch.device("meta"):
+        network = models.build(model, 100)
+        x, y = torch.empty(images, 3, 32, 32), torch.empty(images, dtype=torch.int64)
+    if side == "saving":
+        models.save_memory(network)
+    with LiveBytes() as count:
+        loss = F.cross_entropy(network(x), y)
+        kept = count.live
+        torch.autograd.grad(loss, list(network.parameters()))
+    return {"model": model, "side": side, "images": images, "kept_bytes": kept, "most_bytes": count.most}
 
 
 def label(row: dict) -> str:
@@ -321,6 +376,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seconds", type=positive, default=2.0, help="of a block, at least")
     add("--rounds", type=count, default=7, help="blocks of each side")
     add("--compile", action="store_true", help="CUDA: measure the captured graph too")
+    add("--save_memory", "--save-memory", action="store_true", help="measure only what it saves, and costs")
     add("--out", type=arguments.path, default=Path("bench.json"), metavar="FILE", help="where the JSON goes")
     add("--quick", action="store_true", help="other defaults: under two minutes on two cores")
     add("--check", action="store_true", help="exit with 1 if a ratio is below its bound")
@@ -333,26 +389,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(argv: list[str]) -> int:
-    """Measure, print and write what the arguments ask for. Returns the exit status; raises UserError."""
-    args = parse(argv)
-    device, rows = utils.pick_device(args.device), []
-    utils.set_up(args)
-    data, names, failed = load(args), ("textbook", "ours", *["graphed"] * args.compile), []
-    machine = utils.environment(device) | {"cores": os.cpu_count(), "real": (args.data_dir / "CIFAR100.npz").exists()}
-    content = {"environment": machine, "arguments": vars(args), "rows": rows, "failed": failed}
-    print(f"{machine}\n{HEADER}")
-    points = []
+def points(args: argparse.Namespace) -> list[tuple]:
+    """What is to be measured together: a network, images a step, and the sides as `measure` takes them."""
+    if args.save_memory:
+        sides = [("ours", "normal", EARLY), ("saving", "normal", EARLY)]
+        return [(model, images, sides) for model in args.models for images in args.batchsizes]
+    names, found = ("textbook", "ours", *["graphed"] * args.compile), []
     for model in args.models:
         for images in args.batchsizes:
             sides = [(name, mode, EARLY) for mode in MODES[:2] if mode in args.modes for name in names]
             if "critical" in args.modes and images == min(args.batchsizes):
                 sides += [(name, "critical", LATE) for name in names]
-            points += [(model, images, [("bare", "normal", EARLY), *sides])] if sides else []
+            found += [(model, images, [("bare", "normal", EARLY), *sides])] if sides else []
         if "sampling" in args.modes:
             sides = [("bare", "sampling", EARLY), ("ours", "sampling", EARLY)]
-            points.append((model, args.full_grad_batchsize, sides))
-    for model, images, sides in points:
+            found.append((model, args.full_grad_batchsize, sides))
+    return found
+
+
+def run(argv: list[str]) -> int:
+    """Measure, print and write what the arguments ask for. Returns the exit status; raises UserError."""
+    args = parse(argv)
+    device, rows = utils.pick_device(args.device), []
+    utils.set_up(args)
+    data, failed = load(args), []
+    machine = utils.environment(device) | {"cores": os.cpu_count(), "real": (args.data_dir / "CIFAR100.npz").exists()}
+    content = {"environment": machine, "arguments": vars(args), "rows": rows, "failed": failed}
+    print(f"{machine}\n{HEADER}")
+    for model, images, sides in points(args):
         try:
             found = measure(args, data, model, images, sides)
         except RuntimeError as error:  # out of memory, a side's process killed, training diverged: the rest goes on
@@ -362,6 +426,13 @@ def run(argv: list[str]) -> int:
         rows += found
         print(*map(line, found), sep="\n", flush=True)
         utils.write_json(args.out, content)  # so that what is measured outlives whatever comes
+    sizes = [*args.batchsizes, 8192] if args.save_memory else []
+    content["counted"] = [
+        counted(model, b, name) for model in args.models for b in sizes for name in ("ours", "saving")
+    ]
+    for row in content["counted"]:
+        text = f"{row['kept_bytes'] / 1e9:.3g} GB kept for the backward pass, {row['most_bytes'] / 1e9:.3g} GB at most"
+        print(f"{row['model']} b={row['images']} {row['side']}: {text} (counted, not measured)")
     # Few blocks contain the start of an epoch, so it is shown by itself.
     STATE.update(block=lambda number: next(data.epoch(number, 1)), device=device)
     epoch = min(timed(1) for _ in range(5))

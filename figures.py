@@ -5,6 +5,7 @@ Runs of different data set, network, lr or β never share a figure; SGD, which h
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -17,10 +18,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 from scipy import stats
 
 import theory
-from arguments import MODELS, TRAINING_IMAGES
+from arguments import MODELS, TRAINING_IMAGES, number
 
 # Section 3 of the paper: CIFAR100, lr 0.1, β 0.9. C² is at ε 0.5; b* per ε; accuracy in percent per b.
 PUBLISHED = {
@@ -36,7 +38,12 @@ OMEGA = ("omega_mean", "omega_std", "omega_skewness", "omega_excess_kurtosis", "
 NEEDED = {
     "normal": ("accuracy", "best_accuracy", "training_loss", "max_gradient_norm"),
     "critical": ("max_gradient_norm",),
-    "sampling": ("delta", "noise_norm", *OMEGA),
+    "sampling": ("delta", "noise_norm", "full_gradient_norm", *OMEGA),
+}
+AS_PUBLISHED = {
+    "normal": {"epochs": 200, "max_steps": None, "precision": "default"},
+    "critical": {"min_epochs": 11, "precision": "default"},
+    "sampling": {},
 }
 SHARED = {
     "normal": ("epochs", "max_steps", "precision"),
@@ -53,7 +60,13 @@ LOOKS = [
     {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 3))},
 ]
 LOOK = dict(zip(theory.OPTIMIZERS, LOOKS, strict=False))
-DELTAS = ("delta", "measured_delta_mean")  # the columns of point_table that accuracy is set against
+DELTAS = ("delta_formula", "delta_measured_mean")  # the columns of point_table that accuracy is set against
+# What stands for a point whose steps are no measurement: the arrow, and its name in the legend.
+ARROWS = {
+    "lower bound": (r"$\uparrow$", "lower bound: a seed did not reach ε"),
+    "upper bound": (r"$\downarrow$", "upper bound: ε reached at the first check"),
+    "undetermined": (r"$\updownarrow$", "undetermined: one seed at the first check, one not at all"),
+}
 SIZE_LABEL, DELTA_LABEL = "batch size b (samples)", "degree of smoothing δ (parameter distance)"
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5})
 plt.rcParams["figure.constrained_layout.use"] = True
@@ -85,7 +98,7 @@ def read_run(folder):
     if not isinstance(summary, dict) or not all(isinstance(summary.get(k), dict) for k in ("args", "results")):
         raise ValueError("summary.json is not an object that holds args and results")
     args, results, mode = summary["args"], summary["results"], take(summary, "mode", tuple(NEEDED))
-    run = {"folder": folder, "mode": mode, "results": results, "to_eps": {}}
+    run = {"folder": folder, "mode": mode, "results": results, "to_eps": {}, "checked": {}}
     run["diverged"] = take(summary, "status", ("finished", "not_reached", "diverged")) == "diverged"
     run["steps"] = take(summary, "steps", (0 if run["diverged"] or mode == "sampling" else 1, 1e300))
     for key, allowed in (
@@ -101,23 +114,30 @@ def read_run(folder):
     for key in ("lr", "beta1"):
         run[key] = float(f"{run[key]:.6g}")  # 0.1 · (1 − 0.9), in floats, is 0.01 to everyone
     run["shared"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in SHARED[mode])
-    run["as_published"] = (args.get("epochs"), args.get("max_steps")) == (200, None)
+    run["as_published"] = all(args.get(key) == value for key, value in AS_PUBLISHED[mode].items())
     if mode == "critical":
-        epoch = -(-TRAINING_IMAGES[run["dataset"]] // run["batchsize"])
-        run["first_check"] = take(args, "min_epochs", (0, 1e300)) * epoch
-        reached = results.get("steps_to_eps")
-        if not isinstance(reached, dict) or not reached:
-            raise ValueError("steps_to_eps is not an object with entries")
-        for key, steps in reached.items():
-            eps = take({"eps": float(key)}, "eps", (1e-300, 1e300))
-            run["to_eps"][eps] = None if steps is None else take(reached, key, (1, run["steps"] + 1))
-    if not run["diverged"]:
-        for key in NEEDED[mode]:
-            take(results, key, (-1e300, 1e300))
-    run["max_norm"] = results.get("max_gradient_norm")
-    if run["max_norm"] is not None:
-        take(results, "max_gradient_norm", (0, 1e300))
+        read_steps(run, args, results)
+    needed = () if run["diverged"] else NEEDED[mode]
+    optional = [key for key in ("max_gradient_norm", "full_gradient_norm") if results.get(key) is not None]
+    for key in (*needed, *optional):
+        take(results, key, (0 if key.endswith("norm") else -1e300, 1e300))
     return run
+
+
+def read_steps(run, args, results):
+    """Add to a critical run the first step at which ε is checked, the steps to each ε, and those it was checked for.
+
+    to_eps: {ε: step or None}; checked: {ε: steps}, here all that the run made. ValueError for what is wrong.
+    """
+    epoch = -(-TRAINING_IMAGES[run["dataset"]] // run["batchsize"])
+    run["first_check"] = max(1, int(take(args, "min_epochs", (0, 1e300)) * epoch))
+    reached = results.get("steps_to_eps")
+    if not isinstance(reached, dict) or not reached:
+        raise ValueError("steps_to_eps is not an object with entries")
+    for key, steps in reached.items():
+        eps = take({"eps": float(key)}, "eps", (1e-300, 1e300))
+        run["to_eps"][eps] = None if steps is None else take(reached, key, (1, run["steps"] + 1))
+        run["checked"][eps] = run["steps"]
 
 
 def read_runs(runs_dir):
@@ -132,10 +152,67 @@ def read_runs(runs_dir):
     return runs, left_out
 
 
+def history(run):
+    """Return ‖g_t‖ of every step, float32, from gradient_norms.f32. ValueError or OSError where it is not sound."""
+    path = run["folder"] / "gradient_norms.f32"
+    if not path.is_file() or path.stat().st_size != 4 * run["steps"]:
+        raise ValueError(f"gradient_norms.f32 does not hold {run['steps']} float32")
+    norms = np.fromfile(path, "<f4")
+    if not np.all(np.isfinite(norms) & (norms >= 0)):
+        raise ValueError("gradient_norms.f32 is not all finite and >= 0")
+    return norms
+
+
+def ask_history(run, every_eps):
+    """Add to a critical run the exact steps to each ε, by main.py's rule: the first step, from the first check on,
+    at which the mean of all norms so far (float64) is at most ε. Raises what `history` does.
+    """
+    if not every_eps:
+        return
+    sums = np.cumsum(history(run), dtype=np.float64)
+    means = (sums / np.arange(1, len(sums) + 1))[run["first_check"] - 1 :]
+    for eps in every_eps:
+        below = np.flatnonzero(means <= eps)
+        run["to_eps"][eps] = run["first_check"] + int(below[0]) if below.size else None
+        run["checked"][eps] = run["steps"]
+
+
+def choose_eps(runs, wanted):
+    """Let each critical run answer for the ε in `wanted` and no other; return {run and ε: why it cannot answer}."""
+    unable = {}
+    for run in (r for r in runs if r["mode"] == "critical"):
+        run["to_eps"] = {eps: steps for eps, steps in run["to_eps"].items() if eps in wanted}
+        missing = [eps for eps in wanted if eps not in run["to_eps"]]
+        try:
+            ask_history(run, missing)
+        except (ValueError, OSError) as error:
+            shown = ", ".join(f"{eps:g}" for eps in missing)
+            unable[f"{run['name']} (ε = {shown} only)"] = f"not in its record, and {error}"
+    return unable
+
+
+def merge(run, other):
+    """Add to a critical run what `other`, of the same point and seed, knows of ε; never more than was checked.
+
+    An ε that only `other` was asked is read from the history of `run`; without one, `other`'s answer stands, with
+    the steps that `other` ran. Where both were asked, `other` adds only a step beyond those that `run` made. An
+    ε that `other` diverged without is unknown, unless `run` diverged too.
+    """
+    with contextlib.suppress(ValueError, OSError):  # without a sound history the answers of `other` are all there is
+        ask_history(run, [eps for eps in other["to_eps"] if eps not in run["to_eps"]])
+    for eps, steps in other["to_eps"].items():
+        if eps not in run["to_eps"]:
+            new = steps is not None or other["diverged"] == run["diverged"]
+        else:
+            new = steps is not None and run["to_eps"][eps] is None and steps > run["checked"][eps]
+        if new:
+            run["to_eps"][eps], run["checked"][eps] = steps, other["checked"][eps]
+
+
 def combinations(runs):
     """Return the groups of runs that may share figures, each with what it leaves out and why: a run that
     disagrees with most of its mode in SHARED, and a second run of one optimizer, batch size and seed. Of two
-    such runs the one that did not diverge, and went further, stays; it takes over the ε the other had reached.
+    such runs the one that did not diverge, and went further, stays, and `merge` adds what the other knows.
     """
     groups = []
     for dataset, model, lr in sorted({(r["dataset"], r["model"], r["lr"]) for r in runs}):
@@ -151,12 +228,12 @@ def combinations(runs):
                 key = (run["mode"], run["optimizer"], run["batchsize"], run["seed"])
                 if (first := seen.setdefault(key, run)) is not run:
                     left_out[run["name"]] = f"same optimizer, batch size and seed as {first['name']}"
-                    more = {eps: n for eps, n in run["to_eps"].items() if n or not run["diverged"]}
-                    first["to_eps"] |= {eps: first["to_eps"].get(eps) or n for eps, n in more.items()}
+                    merge(first, run)
             model_of_paper = model if dataset == "CIFAR100" and lr == 0.1 and beta in (0.9, None) else None
             groups.append(
                 {
                     "slug": f"{dataset}_{model}_lr{lr:g}" + ("" if beta is None else f"_beta{beta:g}"),
+                    "title": f"{dataset}, {model}, lr {lr:g}" + ("" if beta is None else f", β {beta:g}"),
                     "lr": lr,
                     "beta": beta or 0.0,
                     "runs": sorted(seen.values(), key=lambda r: r["name"]),
@@ -199,24 +276,38 @@ def published_curve(published):
 def critical_table(runs, published):
     """Return one row per optimizer, ε and b: steps to ε and SFO complexity (= steps × b) over seeds.
 
-    A seed that did not reach ε enters with the steps it ran, so a mean with reached < seeds is a lower bound;
-    one that diverged before counts in `seeds` but has no steps. at_first_check: seeds whose mean was ≤ ε when
-    first looked at, after --min_epochs, so that their steps are only an upper bound. ratio: ours / published.
+    A seed that did not reach ε enters with the steps it was checked for; one that diverged before counts in
+    `critical_seeds` but has no steps. at_first_check: seeds whose mean was ≤ ε when first looked at, after
+    --min_epochs, so that their steps are only an upper bound. checked: the steps of the runs that the row is from.
+    ratio: ours / published, where all of it is measured, with the published settings.
     """
     rows = []
     for optimizer, b, seeds in by_point(runs, "critical"):
-        for eps in sorted({e for r in runs if r["optimizer"] == optimizer for e in r["to_eps"]}):
-            asked = [(r, r["to_eps"][eps]) for r in seeds if eps in r["to_eps"]]
-            steps = [n or r["steps"] for r, n in asked if n or not r["diverged"]]
-            row = {"optimizer": optimizer, "eps": eps, "batch_size": b, "seeds": len(asked)}
-            row |= {"reached": sum(n is not None for _, n in asked), "diverged": len(asked) - len(steps)}
-            row["at_first_check"] = sum(n == r["first_check"] for r, n in asked)
-            row |= band("steps", steps) | band("sfo", [n * b for n in steps])
+        for eps in sorted({e for r in seeds for e in r["to_eps"]}):
+            asked = [r for r in seeds if eps in r["to_eps"]]
+            whole = [r for r in asked if r["to_eps"][eps] is not None]
+            missed = [r for r in asked if r["to_eps"][eps] is None and not r["diverged"]]
+            early = [r for r in whole if r["to_eps"][eps] == r["first_check"] > 1]
+            steps = [r["to_eps"][eps] for r in whole] + [r["checked"][eps] for r in missed]
+            row = {"optimizer": optimizer, "eps": eps, "batch_size": b, "critical_seeds": len(asked)}
+            row |= {"reached": len(whole), "diverged": len(asked) - len(steps), "at_first_check": len(early)}
+            row |= band("steps", steps) | {"steps_are": standing(steps, missed, early)}
+            row |= band("sfo", [n * b for n in steps]) | band("checked", [r["checked"][eps] for r in asked])
             theirs = published.get((eps, b)) if optimizer == "shb" else None
-            comparable = theirs and row["reached"] == row["seeds"]
-            row |= {"published": theirs, "ratio": row["steps_mean"] / theirs if comparable else None}
-            rows += [row] if asked else []
+            comparable = (
+                theirs and row["reached"] == len(asked) and not early and all(r["as_published"] for r in asked)
+            )
+            rows.append(row | {"published": theirs, "ratio": row["steps_mean"] / theirs if comparable else None})
     return rows
+
+
+def standing(steps, missed, early):
+    """Return what the mean of `steps` is, some of them of seeds that missed ε or had it too early; None for none."""
+    if not steps:
+        return None
+    if missed and early:
+        return "undetermined"
+    return "lower bound" if missed else "upper bound" if early else "measured"
 
 
 def critical_batch_size(rows):
@@ -227,48 +318,62 @@ def critical_batch_size(rows):
     may be as small. edge: "<=" or ">=" where the next b below or above b* is not known to need more, so that b* is
     only a bound; "?" where neither is.
     """
-    whole = [r for r in rows if r["reached"] == r["seeds"] and not r["at_first_check"]]
+    whole = [r for r in rows if r["reached"] == r["critical_seeds"] and not r["at_first_check"]]
     if len(whole) < 2:
         return {}
     best = min(whole, key=lambda r: (r["sfo_mean"], r["batch_size"]))
     at, limit = rows.index(best), best["sfo_max"]
     lower = [0 if r["at_first_check"] or r["sfo_mean"] is None else r["sfo_mean"] for r in rows]
     undecided = [r not in whole and low <= limit for r, low in zip(rows, lower, strict=True)]
-    near = [r["batch_size"] for r in whole if r["sfo_min"] <= limit and best["seeds"] > 1]
+    near = [r["batch_size"] for r in whole if r["sfo_min"] <= limit and best["critical_seeds"] > 1]
     open_below, open_above = at == 0 or undecided[at - 1], at == len(rows) - 1 or undecided[at + 1]
     return {
         "b_star": best["batch_size"],
         "edge": {(0, 0): "", (1, 0): "<=", (0, 1): ">=", (1, 1): "?"}[open_below, open_above],
         "range": " ".join(map(str, near)),
-        "seeds": best["seeds"],
+        "critical_seeds": best["critical_seeds"],
         "undecided": " ".join(str(r["batch_size"]) for r, open_ in zip(rows, undecided, strict=True) if open_),
     }
+
+
+def largest_full_gradient(runs):
+    """Return K = max ‖∇f‖ as {k, k_run, k_step}, over the measured full gradients of runs that did not diverge.
+
+    A run has measured one if its results hold full_gradient_norm, at its last step; until now those of sampling.
+    A largest mini-batch norm is no stand-in: at small b it is many times as large.
+    """
+    norm = "full_gradient_norm"
+    measured = [r for r in runs if not r["diverged"] and r["results"].get(norm) is not None]
+    if not measured:
+        return {"k": None, "k_run": None, "k_step": None}
+    run = max(measured, key=lambda r: r["results"][norm])
+    return {"k": run["results"][norm], "k_run": run["name"], "k_step": run["steps"]}
 
 
 def constants_table(group, rows):
     """Return one row per optimizer and ε: b*, the estimated C² and K, and the bound, beside the published.
 
-    C² comes from b* at one reference ε per optimizer, the smallest with a b* inside the grid, or else with any;
-    there the bound equals b* by construction, elsewhere it is a prediction. K is the largest gradient norm of
-    the optimizer's runs that did not diverge, in any mode.
+    C² comes from b* at one reference ε per optimizer, the smallest with a b* inside the grid, or else with any
+    (c_squared_from says which b*); there the bound equals b* by construction, elsewhere it is a prediction.
     """
     out, lr, beta = [], group["lr"], group["beta"]
     for optimizer in theory.OPTIMIZERS:
         runs = [r for r in group["runs"] if r["optimizer"] == optimizer]
-        largest = max((r["max_norm"] for r in runs if not r["diverged"] and r["max_norm"] is not None), default=None)
         mine = [r for r in rows if r["optimizer"] == optimizer]
         every_eps = sorted({r["eps"] for r in mine})
         stars = {eps: critical_batch_size([r for r in mine if r["eps"] == eps]) for eps in every_eps}
         usable = sorted((star["edge"] != "", eps) for eps, star in stars.items() if star)
-        reference, c2 = None, None
+        reference, c2, source = None, None, None
         if usable and (optimizer, beta) != ("shb", 0.0):  # where SHB's bound is singular
             reference = usable[0][1]
-            c2 = float(theory.c_squared_from_b(optimizer, lr, stars[reference]["b_star"], reference, beta))
-        paper = group["published"][optimizer]
+            star = stars[reference]
+            source = f"b* {star['edge'] or '='} {star['b_star']}"
+            c2 = float(theory.c_squared_from_b(optimizer, lr, star["b_star"], reference, beta))
+        paper, largest = group["published"][optimizer], largest_full_gradient(runs)
         for eps in every_eps or [None] * bool(runs):
             bound = c2 and float(theory.critical_batch_size_bound(optimizer, lr, c2, eps, beta))
             row = {"optimizer": optimizer, "eps": eps, "b_star": None} | stars.get(eps, {})
-            row |= {"bound": bound, "reference_eps": reference, "c_squared": c2, "k": largest}
+            row |= {"bound": bound, "reference_eps": reference, "c_squared": c2, "c_squared_from": source} | largest
             row["published_b_star"] = paper.get("b_star", {}).get(eps)
             out.append(row | {f"published_{key}": paper.get(key) for key in ("c_squared", "k")})
     return out
@@ -277,61 +382,68 @@ def constants_table(group, rows):
 def point_table(group, constants):
     """Return one row per optimizer and b: accuracy (%) and training loss over seeds, and δ three ways.
 
-    delta: the formula with our C² and K; published_delta: with the paper's; measured_delta: lr × ‖ω‖, sampling.
-    published_accuracy is of 200 epochs, and only shown beside runs of as many.
+    delta_formula: with our C² and K; delta_published_constants: with the paper's; delta_measured: lr × ‖ω‖.
+    published_accuracy is of 200 epochs, and only shown beside runs of as many. max_minibatch_norm: the largest
+    ‖g_t‖ of any run that did not diverge, in any mode.
     """
     rows = []
     for optimizer, b, runs in by_point(group["runs"], *NEEDED):
-        trained, sampled = ([r for r in runs if r["mode"] == mode] for mode in ("normal", "sampling"))
-        good = [r for r in trained if not r["diverged"]]
-        row = {"optimizer": optimizer, "batch_size": b, "seeds": len(trained), "diverged": len(trained) - len(good)}
+        of_mode = {mode: [r for r in runs if r["mode"] == mode] for mode in NEEDED}
+        good = {mode: [r for r in of_mode[mode] if not r["diverged"]] for mode in NEEDED}
+        row = {"optimizer": optimizer, "batch_size": b, "normal_seeds": len(of_mode["normal"])}
+        row["normal_diverged"] = len(of_mode["normal"]) - len(good["normal"])
         for key in ("accuracy", "best_accuracy", "training_loss"):
-            row |= band(key, [r["results"][key] for r in good])
+            row |= band(key, [r["results"][key] for r in good["normal"]])
         paper = group["published"][optimizer]
-        comparable = good and all(r["as_published"] for r in good)
+        comparable = good["normal"] and all(r["as_published"] for r in good["normal"])
         row["published_accuracy"] = paper.get("accuracy", {}).get(b) if comparable else None
-        ours = next((c for c in constants if c["optimizer"] == optimizer and c["c_squared"]), {})
-        for key, source in (("delta", ours), ("published_delta", paper)):
+        ours = next(c for c in constants if c["optimizer"] == optimizer)
+        for key, source in (("delta_formula", ours), ("delta_published_constants", paper)):
             c2, k = source.get("c_squared"), source.get("k")
             known = c2 is not None and (k is not None or optimizer != "shb")  # K is in SHB's δ only
             delta = known and theory.degree_of_smoothing(optimizer, group["lr"], b, c2, k or 0.0, group["beta"])
             row[key] = float(delta) if known else None
-        measured = [r["results"]["delta"] for r in sampled if not r["diverged"]]
-        row |= band("measured_delta", measured) | {"sampling_seeds": len(sampled)}
-        rows.append(row | {"sampling_diverged": len(sampled) - len(measured)})
+        row["delta_formula_from"] = ours["c_squared_from"] if row["delta_formula"] is not None else None
+        row["sampling_seeds"] = len(of_mode["sampling"])
+        row["sampling_diverged"] = len(of_mode["sampling"]) - len(good["sampling"])
+        row |= band("delta_measured", [r["results"]["delta"] for r in good["sampling"]])
+        row["critical_seeds"] = len(of_mode["critical"])
+        norms = [r["results"].get("max_gradient_norm") for mode in NEEDED for r in good[mode]]
+        rows.append(row | {"max_minibatch_norm": max((n for n in norms if n is not None), default=None)})
     return rows
 
 
 def correlations(points):
-    """Return Pearson's r and Spearman's ρ of mean accuracy with δ, over the points (optimizer, b), and their n.
+    """Return Pearson's r and Spearman's ρ of mean accuracy with δ, over the points (optimizer, b), and how many.
 
-    A point one of whose seeds diverged has no accuracy that stands for it, and is left out.
+    A point one of whose seeds diverged has no accuracy that stands for it, and is left out; so is what has
+    fewer than three points, or only equal ones.
     """
-    rows, points = [], [p for p in points if not p["diverged"]]
+    rows, points = [], [p for p in points if not p["normal_diverged"]]
     for key in DELTAS:
         for who in (*theory.OPTIMIZERS, "all"):
             pairs = [(p[key], p["accuracy_mean"]) for p in points if who in (p["optimizer"], "all")]
             pairs = np.array([pair for pair in pairs if None not in pair]).reshape(-1, 2)
-            row = {"delta": key, "optimizer": who, "n": len(pairs)}
-            if len(pairs) >= 3 and np.all(np.ptp(pairs, axis=0) > 0):
-                for name, test in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-                    row[name] = float(test(*pairs.T)[0])
-            rows += [row] if len(pairs) else []
+            if len(pairs) < 3 or not np.all(np.ptp(pairs, axis=0) > 0):
+                continue
+            row = {"delta": key.removesuffix("_mean"), "optimizer": who, "points": len(pairs)}
+            row["pearson"] = float(stats.pearsonr(*pairs.T)[0])
+            rows.append(row | {"spearman": float(stats.spearmanr(*pairs.T)[0])})
     return rows
 
 
-def normality(values):
-    """Return (z, row): the sorted standardized entries (float64), and how far they are from normal: D'Agostino's
-    K² and the Kolmogorov–Smirnov distance to the fitted normal, over every entry. ValueError for entries that no
-    normal could fit.
+def pooled_spread(values):
+    """Return (z, share): one ω's entries, standardized and sorted (float64), and the share of them beyond ±6 std.
+
+    They tell how the entries are spread over the coordinates. As coordinates differ in scale they cannot tell
+    whether ω is Gaussian: an exactly Gaussian vector with unequal scales looks heavy-tailed too. ValueError for
+    entries that cannot be standardized.
     """
     z = np.sort(values).astype(np.float64)
     if len(z) < 20 or not np.all(np.isfinite(z)) or z[0] == z[-1]:
         raise ValueError("omega.npy: fewer than 20 entries, not all finite, or all equal")
     z = (z - z.mean()) / z.std()
-    k2, p = stats.normaltest(z)
-    distance = stats.ks_1samp(z, stats.norm.cdf, method="asymp").statistic
-    return z, {"k2": float(k2), "k2_p": float(p), "ks_distance": float(distance)}
+    return z, float(np.mean(np.abs(z) > 6))
 
 
 def envelope(norms, bins=600):
@@ -352,179 +464,249 @@ def as_rows(name, **arrays):
 # --- the drawings: each returns a figure, or None where there is nothing to draw ---
 
 
-def curve(ax, rows, key, **look):
-    """Draw key's mean over seeds against b with its min–max band, and a cross where a seed diverged.
-
-    The curve breaks where there is no value, or only a lower bound.
-    """
+def size_axis(ax, rows):
+    """Make x the logarithmic axis of the rows' batch sizes; its ticks are as many of them as there is room for."""
+    sizes, ticks = sorted({r["batch_size"] for r in rows}), []
+    for b in sizes:
+        if not ticks or 6.01 * np.log(b / ticks[-1]) >= np.log(sizes[-1] / sizes[0]):
+            ticks.append(b)
     ax.set_xscale("log", base=2)
-    ax.set_xlabel(SIZE_LABEL)
+    ax.set(xlabel=SIZE_LABEL, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
+    ax.set_xticks(ticks, [f"{b:g}" for b in ticks])
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def readable_ticks(axis):
+    """Give a logarithmic axis plain numbers as ticks where it spans less than two decades."""
+    low, high = axis.get_view_interval()
+    if axis.get_scale() != "log" or isinstance(axis.get_major_locator(), ticker.FixedLocator) or high >= 100 * low:
+        return
+    steps = ticker.MaxNLocator(5) if high < 10 * low else ticker.LogLocator(subs=(1, 2, 5))
+    axis.set_major_locator(steps)
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def curve(ax, rows, key, **look):
+    """Draw key's mean over seeds against b with its min–max band; broken where it has no value, or only a bound."""
     columns = ("batch_size", f"{key}_mean", f"{key}_min", f"{key}_max")
     values = np.array([[r[c] for c in columns] for r in rows], float).reshape(-1, 4)  # None becomes nan
-    values[[is_bound(r) for r in rows], 1:] = np.nan
+    values[[r.get("steps_are") in ARROWS for r in rows], 1:] = np.nan
     b, mean, low, high = values.T
     if not np.all(np.isnan(mean)):
         ax.plot(b, mean, **look)
         ax.fill_between(b, low, high, color=look["color"], alpha=0.25, linewidth=0)
-    for row in rows:
-        if row["diverged"]:  # with no seed left to place it, on the floor
-            y = row[f"{key}_mean"]
-            place = (ax.get_xaxis_transform(), 0.03) if y is None else (ax.transData, y)
-            ax.plot(row["batch_size"], place[1], "x", color=look["color"], ms=9, mew=2, transform=place[0])
-            ax.plot([], [], "x", color="0.3", ms=9, mew=2, label="a seed diverged")
 
 
-def is_bound(row):
-    """Whether a row's steps are only a lower bound, because some seed neither reached ε nor diverged."""
-    return row.get("reached", row["seeds"]) + row["diverged"] < row["seeds"]
+def mark(ax, x, y, label, transform=None, **look):
+    """Draw marks over the curves, and name them in the legend."""
+    ax.plot(x, y, linestyle="", zorder=5, transform=transform or ax.transData, **look)
+    ax.plot([], [], linestyle="", zorder=5, **look | {"color": "0.3"}, label=label)
+
+
+def side_by_side(b, i, n):
+    """Return where on the axis of batch sizes the i-th of n marks at b goes, so that none hides another."""
+    return b * 2 ** (min(0.35, 0.8 / n) * (i - (n - 1) / 2))
+
+
+def mark_diverged(ax, rows, column, looks):
+    """Mark on the floor each b at which `column` counts a diverged seed, the optimizers side by side."""
+    for i, (name, look) in enumerate(looks.items()):
+        lost = {r["batch_size"] for r in rows if r["optimizer"] == name and r[column]}
+        if lost:
+            x, y = [side_by_side(b, i, len(looks)) for b in sorted(lost)], [0.03] * len(lost)
+            look = {"marker": "x", "ms": 8, "mew": 2, "color": look["color"]}
+            mark(ax, x, y, "a seed diverged", ax.get_xaxis_transform(), **look)
 
 
 def draw_steps(rows, constants, published):
     """Draw steps to ε and SFO complexity against b: a column per optimizer, a curve per ε."""
     names, every_eps = list(dict.fromkeys(r["optimizer"] for r in rows)), sorted({r["eps"] for r in rows})
-    if not names:
+    if len({r["batch_size"] for r in rows}) < 2:
         return None
     size = (1 + 3.2 * len(names), 6.5)
     fig, axes = plt.subplots(2, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    looks = {eps: LOOKS[i % len(LOOKS)] | {"label": f"ε = {eps:g}"} for i, eps in enumerate(every_eps)}
+    for look in looks.values():  # the legend's order
+        axes[0, 0].plot([], [], **look)
     for line, key in zip(axes, ("steps", "sfo"), strict=True):
         for ax, name in zip(line, names, strict=True):
-            for i, eps in enumerate(every_eps):
-                part = [r for r in rows if (r["optimizer"], r["eps"]) == (name, eps)]
-                star = next(c for c in constants if (c["optimizer"], c["eps"]) == (name, eps)) if part else {}
-                look = LOOKS[i % len(LOOKS)] | {"label": f"ε = {eps:g}"}
+            size_axis(ax, rows)
+            mine = [r for r in rows if r["optimizer"] == name]
+            for eps, look in looks.items():
+                part = [r for r in mine if r["eps"] == eps]
+                star = next((c for c in constants if (c["optimizer"], c["eps"]) == (name, eps)), {})
+                curve(ax, part, key, **look)
+                mark_b_star(ax, part, key, star)
                 theirs = {b: n * (b if key == "sfo" else 1) for (e, b), n in published.items() if e == eps}
-                draw_one_eps(ax, part, key, star, look, theirs if name == "shb" else {})
+                if name == "shb" and theirs:
+                    grey = {"marker": ".", "color": "0.4", "lw": 0.8, "label": "published SHB"}
+                    ax.plot(theirs.keys(), theirs.values(), **grey)
+            mark_bounds(ax, mine, key, looks)
             ax.set(yscale="log", title=name.upper() if key == "steps" else "")
             ax.label_outer()
+    for ax, name in zip(axes[0], names, strict=True):
+        mark_diverged(ax, rows, "diverged", {name: {"color": "0.3"}})
     axes[0, 0].set_ylabel("steps until mean ‖g‖ ≤ ε")
     axes[1, 0].set_ylabel("SFO complexity = steps × b (gradients)")
     return fig
 
 
-def draw_one_eps(ax, rows, key, star, look, theirs):
-    """Draw the curve of one optimizer and ε with its lower bounds, b*, the theory's bound, the published curve."""
-    curve(ax, rows, key, **look)
-    hollow = {"linestyle": "", "mfc": "none", "mec": "k", "zorder": 5}
-    arrow = {"marker": r"$\uparrow$", "ms": 10, "linestyle": ""}
-    for r in filter(is_bound, rows):
-        ax.plot(r["batch_size"], r[f"{key}_mean"], **arrow, color=look["color"])
-        ax.plot([], [], **arrow, color="0.3", label="lower bound: a seed did not reach ε")
-    if theirs:
-        ax.plot(theirs.keys(), theirs.values(), "-", marker=".", color="0.4", lw=0.8, label="published SHB")
-    if star.get("b_star"):
-        y_at = {r["batch_size"]: r[f"{key}_mean"] for r in rows if r["reached"] == r["seeds"]}
-        ax.plot(star["b_star"], y_at[star["b_star"]], "o", ms=12, **hollow, label="measured b*")
-        if star["bound"]:
-            y = np.exp(np.interp(np.log(star["bound"]), np.log([*y_at]), np.log([*y_at.values()])))
-            ax.plot(star["bound"], y, "s", ms=9, **hollow, label="theory's bound; C² from b* at the reference ε")
+def mark_bounds(ax, rows, key, looks):
+    """Draw an arrow where steps of one optimizer are only a bound; those of one b side by side, so that all show."""
+    for b in sorted({r["batch_size"] for r in rows}):
+        here = [r for r in rows if r["batch_size"] == b and r["steps_are"] in ARROWS]
+        for i, row in enumerate(here):
+            marker, label = ARROWS[row["steps_are"]]
+            look = {"marker": marker, "ms": 9, "color": looks[row["eps"]]["color"]}
+            mark(ax, side_by_side(b, i, len(here)), row[f"{key}_mean"], label, **look)
+
+
+def mark_b_star(ax, rows, key, star):
+    """Circle the measured b* of one optimizer and ε, and mark the theory's bound: at the edge if beyond the grid."""
+    if star.get("b_star") is None:
+        return
+    y_at = {r["batch_size"]: r[f"{key}_mean"] for r in rows if r["steps_are"] == "measured" and not r["diverged"]}
+    hollow = {"mfc": "none", "color": "k"}
+    mark(ax, star["b_star"], y_at[star["b_star"]], "measured b*", marker="o", ms=12, **hollow)
+    if star["bound"] is None:
+        return
+    y = np.exp(np.interp(np.log(star["bound"]), np.log([*y_at]), np.log([*y_at.values()])))
+    low, high = ax.get_xlim()
+    if low < star["bound"] < high:
+        label = "theory's bound; C² from b* at the reference ε"
+        mark(ax, star["bound"], y, label, marker="s", ms=9, **hollow)
+    else:
+        x, arrow = (0.03, "$\\leftarrow$") if star["bound"] <= low else (0.97, "$\\rightarrow$")
+        label, look = "theory's bound lies beyond the grid", {"marker": arrow, "ms": 11, "color": "k"}
+        mark(ax, x, y, label, ax.get_yaxis_transform(), **look)
 
 
 def draw_accuracy(points):
     """Draw final test accuracy and training loss against b."""
-    if not any(p["seeds"] for p in points):
+    points = [p for p in points if p["normal_seeds"]]
+    if len({p["batch_size"] for p in points if p["accuracy_mean"] is not None}) < 2:
         return None
     fig, axes = plt.subplots(1, 2, figsize=(8, 4))
     for ax, key in zip(axes, ("accuracy", "training_loss"), strict=True):
+        size_axis(ax, points)
         for name, look in LOOK.items():
-            part = [p for p in points if p["optimizer"] == name and p["seeds"]]
-            curve(ax, part, key, **look, label=name.upper())
+            curve(ax, [p for p in points if p["optimizer"] == name], key, **look, label=name.upper())
+    mark_diverged(axes[0], points, "normal_diverged", LOOK)
     axes[0].set_ylabel("test accuracy (%)")
     axes[1].set(ylabel="training loss (nats)", yscale="log")
     return fig
 
 
 def draw_delta(points):
-    """Draw δ against b: our formula as a line, measured as large hollow marks, the paper's constants in grey."""
-    if not any(p["delta"] or p["sampling_seeds"] for p in points):
+    """Draw δ against b: measured as large hollow marks, our formula as a line, the paper's constants in grey."""
+    known = [p for p in points if p["delta_measured_mean"] is not None or p["delta_formula"] is not None]
+    if len({p["batch_size"] for p in known}) < 2:
         return None
     fig, ax = plt.subplots(figsize=(6.5, 5))
+    size_axis(ax, points)
     for name, look in LOOK.items():
-        part = [p for p in points if p["optimizer"] == name]
-        for key, label, style in (
-            ("delta", "formula", {"lw": 4 if name == "sgd" else 1.5}),  # NSHB's may lie on SGD's
-            ("published_delta", "paper's C², K", {"color": "0.6", "lw": 0.9, "ms": 3}),
-        ):
-            if any(p[key] for p in part):
-                there = [(p["batch_size"], p[key]) for p in part]
-                ax.plot(*zip(*there, strict=True), **look | style, label=f"{name.upper()}, {label}")
-        sampled = [p | {"diverged": p["sampling_diverged"]} for p in part if p["sampling_seeds"]]
-        style = {"label": f"{name.upper()}, measured", "mfc": "none", "ms": 9, "lw": 0.6}
-        curve(ax, sampled, "measured_delta", **look | style)
-    ax.set(xlabel=SIZE_LABEL, ylabel=DELTA_LABEL, yscale="log")
-    ax.set_xscale("log", base=2)
+        part = [p for p in points if p["optimizer"] == name and p["sampling_seeds"]]
+        curve(ax, part, "delta_measured", **look, label=f"{name.upper()}, measured", mfc="none", ms=9, lw=0.6)
+    for name, look in LOOK.items():
+        part = [p for p in points if p["optimizer"] == name and p["delta_formula"] is not None]
+        if part:
+            source = part[0]["delta_formula_from"]
+            edge = "" if "* = " in source else f" (C² from {source})"
+            width = 4 if name == "sgd" else 1.5  # NSHB's may lie on SGD's
+            x, y = [p["batch_size"] for p in part], [p["delta_formula"] for p in part]
+            ax.plot(x, y, **look, lw=width, label=f"{name.upper()}, formula{edge}")
+    for name, look in LOOK.items():
+        part = [p for p in points if p["optimizer"] == name and p["delta_published_constants"] is not None]
+        if part:
+            grey = look | {"color": "0.6", "lw": 0.9, "ms": 3, "label": f"{name.upper()}, paper's C², K"}
+            ax.plot([p["batch_size"] for p in part], [p["delta_published_constants"] for p in part], **grey)
+    mark_diverged(ax, points, "sampling_diverged", LOOK)
+    ax.set(ylabel=DELTA_LABEL, yscale="log")
     return fig
 
 
 def draw_accuracy_delta(points, coefficients):
-    """Draw test accuracy against δ, one panel for the formula's δ and one for the measured, as far as known."""
+    """Draw test accuracy against δ, one panel for the formula's δ and one for the measured, of two points at least."""
     known = {key: [p for p in points if None not in (p[key], p["accuracy_mean"])] for key in DELTAS}
-    known = {key: [p for p in part if not p["diverged"]] for key, part in known.items()}
-    known = {key: part for key, part in known.items() if part}
+    known = {key: [p for p in part if not p["normal_diverged"]] for key, part in known.items()}
+    known = {key: part for key, part in known.items() if len(part) >= 2}
     if not known:
         return None
     fig, axes = plt.subplots(1, len(known), figsize=(1 + 4 * len(known), 4.4), sharey=True, squeeze=False)
     for ax, (key, part) in zip(axes[0], known.items(), strict=True):
-        for name in dict.fromkeys(p["optimizer"] for p in part):
+        for name, look in LOOK.items():
             columns = (key, "accuracy_mean", "accuracy_min", "accuracy_max")
-            x, y, low, high = np.array([[p[c] for c in columns] for p in part if p["optimizer"] == name]).T
-            style = LOOK[name] | {"linestyle": "", "capsize": 2, "label": name.upper()}
-            ax.errorbar(x, y, [y - low, high - y], **style)
-        title = ["δ from the formula" if key == "delta" else "δ measured, lr × ‖ω‖"]
+            values = [[p[c] for c in columns] for p in part if p["optimizer"] == name]
+            x, y, low, high = np.array(values).reshape(-1, 4).T
+            if any(p["optimizer"] == name for shown in known.values() for p in shown):  # the legend's order
+                ax.errorbar(x, y, [y - low, high - y], **look | {"linestyle": "", "capsize": 2, "label": name.upper()})
+        title = ["δ from the formula" if key == "delta_formula" else "δ measured, lr × ‖ω‖"]
         for c in coefficients:
-            if c["delta"] == key and "pearson" in c:
+            if c["delta"] == key.removesuffix("_mean"):
                 who = c["optimizer"].upper()
-                title.append(f"{who}: Pearson {c['pearson']:+.2f}, Spearman {c['spearman']:+.2f}, n = {c['n']}")
+                title.append(f"{who}: Pearson {c['pearson']:+.2f}, Spearman {c['spearman']:+.2f}, n = {c['points']}")
         ax.set(title="\n".join(title), xscale="log", xlabel=DELTA_LABEL)
     axes[0, 0].set_ylabel("test accuracy (%)")
     return fig
 
 
-def draw_omega(runs, rows, left_out):
-    """Draw histogram and Q–Q plot of ω for one run per optimizer; return (figure, histogram, quantiles).
+def load_omega(run):
+    """Return `pooled_spread` of a sampling run's omega.npy. ValueError, OSError or OverflowError if it is unsound."""
+    omega = np.lib.format.open_memmap(run["folder"] / "omega.npy", mode="r")  # never unpickles
+    if omega.dtype != np.float32 or omega.shape != (run["results"]["omega_entries"],):
+        raise ValueError(f"omega.npy is {omega.dtype} {omega.shape}, not float32 (omega_entries,)")
+    return pooled_spread(omega)
+
+
+def pick_omega(runs, left_out):
+    """Return {optimizer: (run, z, share)}, the ω to draw; an unreadable one goes to `left_out`.
 
     b is the middle one of those that all optimizers sampled (else of its own), the seed the lowest; the next
-    where that cannot be read. Each drawn run's tests go into its row of `rows`; an unreadable ω into `left_out`.
+    where that cannot be read.
     """
-    at = {}
+    at, picked = {}, {}
     for optimizer, b, seeds in by_point([r for r in runs if not r["diverged"]], "sampling"):
         at.setdefault(optimizer, {})[b] = seeds
     common = set.intersection(*map(set, at.values())) if at else set()
-    drawn, bars, quantiles = {}, [], []
     for optimizer, sizes in at.items():
         middle = sorted(common or sizes)[len(common or sizes) // 2]
         order = sorted(sizes, key=lambda b: (b not in common, abs(np.log(b / middle))))
         for run in (run for b in order for run in sizes[b]):
             try:
-                omega = np.lib.format.open_memmap(run["folder"] / "omega.npy", mode="r")  # never unpickles
-                if omega.dtype != np.float32 or omega.shape != (run["results"]["omega_entries"],):
-                    raise ValueError(f"omega.npy is {omega.dtype} {omega.shape}, not float32 (omega_entries,)")
-                z, tests = normality(omega)
+                picked[optimizer] = (run, *load_omega(run))
+                break
             except (ValueError, OSError, OverflowError) as error:
                 left_out[f"{run['name']} (ω only)"] = str(error)
-                continue
-            row = next(row for row in rows if row["name"] == run["name"])
-            row |= tests
-            edges = np.linspace(-6, 6, 121)
-            density = np.histogram(z, edges)[0] / len(z) / np.diff(edges)
-            tail = np.unique(np.round(np.geomspace(1, (len(z) + 1) // 2, 150)).astype(int))
-            rank = np.union1d(tail, len(z) + 1 - tail)
-            drawn[optimizer] = (row, edges, density, stats.norm.ppf((rank - 0.5) / len(z)), z[rank - 1])
-            break
-    if not drawn:
+    return picked
+
+
+def draw_omega(runs, rows, left_out):
+    """Draw histogram and Q–Q plot of one ω per optimizer; return (figure, histogram, quantiles).
+
+    The share of entries that the histogram cuts off goes into the run's row of `rows`.
+    """
+    picked, bars, quantiles = pick_omega(runs, left_out), [], []
+    if not picked:
         return None, [], []
-    size = (1 + 3.2 * len(drawn), 6.6)
-    fig, axes = plt.subplots(2, len(drawn), figsize=size, sharey="row", squeeze=False)
-    for (top, bottom), (name, (row, edges, density, expected, observed)) in zip(axes.T, drawn.items(), strict=True):
-        middle, color = (edges[1:] + edges[:-1]) / 2, LOOK[name]["color"]
-        normal = stats.norm.pdf(middle)
+    fig, axes = plt.subplots(2, len(picked), figsize=(1 + 3.2 * len(picked), 7), sharey="row", squeeze=False)
+    edges = np.linspace(-6, 6, 121)
+    middle = (edges[1:] + edges[:-1]) / 2
+    normal = stats.norm.pdf(middle)
+    for (top, bottom), (name, (run, z, share)) in zip(axes.T, picked.items(), strict=True):
+        row, color = next(row for row in rows if row["name"] == run["name"]), LOOK[name]["color"]
+        row["beyond_6_std"] = share
+        density = np.histogram(z, edges)[0] / len(z) / np.diff(edges)
+        tail = np.unique(np.round(np.geomspace(1, (len(z) + 1) // 2, 150)).astype(int))
+        rank = np.union1d(tail, len(z) + 1 - tail)
+        expected, observed = stats.norm.ppf((rank - 0.5) / len(z)), z[rank - 1]
         top.stairs(density, edges, fill=True, color=color, alpha=0.5, label="entries of ω")
-        top.plot(middle, normal, "k--", lw=1, label="normal")
-        title = f"{name.upper()}, b = {row['batch_size']}, seed {row['seed']}, {row['omega_entries']:,} entries"
-        top.set(yscale="log", xlabel="(ω_i − mean) / std", ylim=(1e-8, 3e3), title=title)
+        top.plot(middle, normal, "k--", lw=1, label="normal density, one scale for all")
+        title = f"{name.upper()}, b = {row['batch_size']}, seed {row['seed']}\n{row['omega_entries']:,} entries"
+        top.set(yscale="log", xlabel="(ω_i − mean) / std", ylim=(1e-8, 3e5), title=title)
         lines = [f"{key.removeprefix('omega_').replace('_', ' ')} {row[key]:.3g}" for key in OMEGA[:4]]
+        lines.append(f"cut off, beyond ±6 std: {100 * share:.2g} %")
         top.text(0.02, 0.98, "\n".join(lines), transform=top.transAxes, va="top", fontsize=8)
-        tests = f"K² {row['k2']:.3g}\nKS distance {row['ks_distance']:.3g}"
-        top.text(0.98, 0.98, tests, transform=top.transAxes, va="top", ha="right", fontsize=8)
         bottom.plot(expected, observed, LOOK[name]["marker"], color=color, ms=3, label="quantiles of ω")
         bottom.plot(expected, expected, "k--", lw=1)
         bottom.set(xlabel="quantile of the normal")
@@ -535,73 +717,103 @@ def draw_omega(runs, rows, left_out):
     return fig, bars, quantiles
 
 
-def draw_gradients(runs, left_out):
-    """Draw gradient norm and running mean over steps at the first, middle and last b per optimizer, lowest seed.
+def pick_histories(runs, left_out):
+    """Return {optimizer: {b: (run, norms)}} of the first, middle and last b, lowest seed, that have a sound history.
 
-    Returns (figure, table of the bins drawn). A history of another length than the run's goes to `left_out`.
+    An unsound one goes to `left_out`.
     """
-    at, table, every_eps = {}, [], sorted({eps for r in runs for eps in r["to_eps"]})
+    at = {}
     for optimizer, b, seeds in by_point([r for r in runs if not r["diverged"]], "critical"):
         for run in seeds:
-            path = run["folder"] / "gradient_norms.f32"
-            if path.is_file() and path.stat().st_size == 4 * run["steps"]:
-                at.setdefault(optimizer, {}).setdefault(b, run)
-            else:
-                reason = f"gradient_norms.f32 does not hold {run['steps']} float32"
-                left_out[f"{run['name']} (gradient history only)"] = reason
-    if not at:
+            try:
+                norms = history(run)
+                at.setdefault(optimizer, {}).setdefault(b, (run, norms))
+            except (ValueError, OSError) as error:
+                left_out[f"{run['name']} (gradient history only)"] = str(error)
+    picked = {}
+    for optimizer, sizes in at.items():
+        chosen = sorted({min(sizes), sorted(sizes)[len(sizes) // 2], max(sizes)})
+        picked[optimizer] = {b: sizes[b] for b in chosen}
+    return picked
+
+
+def draw_gradients(runs, left_out):
+    """Draw gradient norm and running mean over steps, a panel per run of `pick_histories`.
+
+    Returns (figure, table of the bins drawn).
+    """
+    picked, table, every_eps = pick_histories(runs, left_out), [], sorted({eps for r in runs for eps in r["to_eps"]})
+    if not picked:
         return None, []
-    picks = {o: sorted({min(bs), sorted(bs)[len(bs) // 2], max(bs)}) for o, bs in at.items()}
-    width = max(map(len, picks.values()))
-    size = (1 + 3.2 * width, 1 + 2.6 * len(picks))
-    fig, axes = plt.subplots(len(picks), width, figsize=size, sharey=True, squeeze=False)
-    for line, (name, sizes) in zip(axes, picks.items(), strict=True):
+    width = max(map(len, picked.values()))
+    size = (1 + 3.2 * width, 1 + 2.6 * len(picked))
+    fig, axes = plt.subplots(len(picked), width, figsize=size, sharey=True, squeeze=False)
+    for line, (name, sizes) in zip(axes, picked.items(), strict=True):
         line[0].set_ylabel("gradient norm ‖g‖")
         for ax in line[len(sizes) :]:
             ax.set_axis_off()
-        for ax, b in zip(line, sizes, strict=False):
-            run, style = at[name][b], {"color": LOOK[name]["color"], "alpha": 0.4, "lw": 0.7, "step": "pre"}
-            bins = envelope(np.fromfile(run["folder"] / "gradient_norms.f32", "<f4"))
-            first, last, low, high, mean = bins
-            if not np.all(np.isfinite(bins)):
-                left_out[f"{run['name']} (gradient history only)"] = "gradient_norms.f32 is not all finite"
-                ax.set_axis_off()
-                continue
+        for ax, (b, (run, norms)) in zip(line, sizes.items(), strict=False):
+            first, last, low, high, mean = envelope(norms)
+            style = {"color": LOOK[name]["color"], "alpha": 0.4, "lw": 0.7, "step": "pre"}
             ax.fill_between(last, low, high, **style, label="‖g‖, least to greatest")
             ax.plot(last, mean, "k", lw=1.2, label="running mean of ‖g‖")
-            for eps, steps in run["to_eps"].items():
-                look = LOOKS[every_eps.index(eps) % len(LOOKS)]
-                style = {"color": "0.3", "lw": 0.8, "linestyle": look["linestyle"]}
+            for i, eps in enumerate(every_eps):
+                style = {"color": "0.3", "lw": 0.8, "linestyle": LOOKS[i % len(LOOKS)]["linestyle"]}
                 ax.axhline(eps, **style, label=f"ε = {eps:g}")
+                steps = run["to_eps"].get(eps)
                 if steps:
-                    ax.plot(steps, eps, "ok", mfc="white", ms=6, label="ε reached")
+                    ax.plot(steps, eps, "ok", mfc="white", ms=6, zorder=5, label="ε reached")
             ax.set(xscale="log", yscale="log", xlabel="step", title=f"{name.upper()}, b = {b}, seed {run['seed']}")
-            table += as_rows(
-                run["name"], first_step=first, last_step=last, norm_min=low, norm_max=high, running_mean=mean
-            )
-    return (fig, table) if table else (None, [])
+            bins = {"first_step": first, "last_step": last, "norm_min": low, "norm_max": high, "running_mean": mean}
+            table += as_rows(run["name"], **bins)
+    return fig, table
 
 
 # --- the files ---
 
 METHOD = """# Ours beside the published numbers
 
-Bands are the least and greatest seed, means are over seeds. A seed that did not reach ε enters with the steps
-it ran: such a point (reached < seeds) is a lower bound. A seed that diverged only marks its point. One that had
-reached ε when first looked at, after --min_epochs (at first check), may have done so before. None of these is
-eligible for b*, the point with the least mean SFO complexity (steps × b). Batch sizes are a grid, so the true
-minimum lies anywhere between b*'s neighbours. range: the b whose seeds' SFO overlaps that at b* (none with one
-seed: its spread is unknown). undecided: not eligible, and its SFO may be as small. edge <= or >=: the next
-smaller or larger b is not known to need more, so b* is only a bound, and so is its C²; ?: neither is. C² is
-solved from b* at one reference ε per optimizer, the smallest whose b* is not such a bound, or else the smallest
-with a b*: there the theory's bound equals b* by construction; elsewhere it is a prediction (drawn at the
-curve's end if it lies beyond). K is the largest gradient norm in any run of the optimizer that did not diverge.
-measured δ is lr × ‖ω‖. With C² from b*, the formula's δ of SGD and of NSHB is ε√(η b*/b): the same curve where
-their b* is the same. Within one optimizer it falls with b, so its rank correlation with accuracy is minus that
-of b; Pearson's r is of δ, not log δ; the points are not independent, so no p-values are given. ω: K²
-(D'Agostino) and the KS distance to the fitted normal are over all entries of the runs drawn; with millions of
-entries look at distance and kurtosis, as any p-value is 0.
+Bands are the least and greatest seed, means are over seeds. A seed that did not reach ε enters with the steps it
+was checked for: the point is a lower bound (↑). One that had reached ε when first looked at, after --min_epochs,
+may have done so before: an upper bound (↓). checked: the steps of the runs that a row is from. A seed that
+diverged only marks its point. None of these is eligible for b*, the point with the least mean SFO complexity
+(steps × b). Batch sizes are a grid, so the true minimum lies anywhere between b*'s neighbours. range: the b whose
+seeds' SFO overlaps that at b* (empty with one seed: its spread is unknown). undecided: not eligible, and its SFO may
+be as small. edge <= or >=: the next smaller or larger b is not known to need more, so b* is only a bound, and so is
+its C²; ?: neither is; empty: b* lies inside the grid. C² is solved from b* at one reference ε per optimizer, the
+smallest whose b* is not such a bound, or else the smallest with a b* (c squared from): there the theory's bound
+equals b* by construction; elsewhere it is a prediction (an arrow at the figure's edge if it lies beyond the grid).
+ratio: our steps / the published, where every seed reached ε after the first check, with min_epochs 11 and
+precision default. K is the largest full gradient norm ‖∇f‖ that a run of the optimizer measured without diverging
+(k run, k step); the largest mini-batch gradient norm is another number, many times K at small b. delta measured is
+lr × ‖ω‖. With C² from b*, the formula's δ of SGD and of NSHB is ε√(η b*/b): the same curve where their b* is the
+same. Within one optimizer it falls with b, so its rank correlation with accuracy is minus that of b; Pearson's r is
+of δ, not log δ; the points are not independent, so no p-values are given, nor anything for fewer than three. ω: its
+moments, histogram and Q–Q plot pool one ω's entries over the coordinates. They tell how the entries are spread;
+they cannot tell whether ω is Gaussian, since coordinates differ in scale: a Gaussian vector with log-normal scales
+has a pooled excess kurtosis of 90 and more.
 """
+POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
+# Why a column of a table has no value ("–"), told beneath the table.
+NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
+NO_C_SQUARED = "no ε has a b*, or it is SHB at β = 0, where the bound is singular"
+WHY = {
+    **dict.fromkeys(("b_star", "edge", "range", "critical_seeds", "undecided"), NO_STAR),
+    **dict.fromkeys(("bound", "reference_eps", "c_squared", "c_squared_from"), NO_C_SQUARED),
+    **dict.fromkeys(("k", "k_run", "k_step"), "no run that did not diverge measured a full gradient"),
+    **dict.fromkeys(("published_b_star", "published_c_squared", "published_k"), "the paper gives none"),
+    **dict.fromkeys(("accuracy", "best_accuracy", "training_loss"), "no normal run that did not diverge"),
+    "published_accuracy": "the paper gives none, or our runs are not all of 200 epochs in default precision",
+    **dict.fromkeys(("delta_formula", "delta_formula_from"), "no C², or for SHB no K (see runs, below)"),
+    "delta_published_constants": "the paper gives no C²",
+    "delta_measured": "no sampling run that did not diverge",
+    "max_minibatch_norm": "no step of a run that did not diverge",
+    **dict.fromkeys(("steps", "steps_are", "sfo"), "every seed diverged before ε"),
+    "published": "the paper gives none",
+    "ratio": "nothing published, or not all of ours measured with the published settings",
+    "beyond_6_std": "only the ω drawn are read whole",
+}
+HEADINGS = {"max_minibatch_norm": "largest mini-batch gradient norm"}
 
 
 def write(path, data):
@@ -611,12 +823,19 @@ def write(path, data):
     os.replace(temporary, path)
 
 
-def save_figure(path, fig):
-    """Write the figure as PNG and PDF, with one legend of all its labels, each once, below it."""
+def save_figure(path, fig, title):
+    """Write the figure under its title as PNG and PDF, with one legend below it: each label once, marks last."""
     found = {}
     for ax in fig.axes:
+        readable_ticks(ax.xaxis)
+        readable_ticks(ax.yaxis)
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=int(fig.get_figwidth() / 2))
+    labels = [label for label, handle in found.items() if getattr(handle, "zorder", 0) != 5]  # 5: drawn by `mark`
+    labels += sorted(set(found) - set(labels))
+    columns = int(fig.get_figwidth() * 14 / (max(map(len, labels)) + 7))  # fourteen letters an inch
+    handles = [found[label] for label in labels]
+    fig.legend(handles, labels, loc="outside lower center", ncols=max(1, columns))
+    fig.suptitle(title, fontsize=10)
     for kind in ("png", "pdf"):
         image = io.BytesIO()
         fig.savefig(image, format=kind, dpi=150)
@@ -634,11 +853,14 @@ def save_table(path, rows):
 
 
 def markdown(rows):
-    """Return the rows as a Markdown table without its empty columns; a band is one cell, mean [min, max]."""
+    """Return the rows as a Markdown table without its empty columns; a band is one cell, mean [min, max].
+
+    Beneath it stands why a value is missing ("–"), from WHY; an empty text is an empty cell.
+    """
 
     def cell(row, key):
         value = row.get(key, row.get(f"{key}_mean"))
-        if value is None or value == "":
+        if value is None:
             return "–"
         text = value if isinstance(value, str) else format(value, ".4g" if abs(value) < 1e4 else ".0f")
         low, high = (cell(row, f"{key}_{end}") if f"{key}_{end}" in row else text for end in ("min", "max"))
@@ -646,10 +868,37 @@ def markdown(rows):
 
     band_of = {key: stem for row in rows for key in row if f"{(stem := key.removesuffix('_mean'))}_min" in row}
     keys = dict.fromkeys(band_of.get(key, key) for row in rows for key in row)
-    keys = [key for key in keys if not key.endswith(("_min", "_max")) and any(cell(row, key) != "–" for row in rows)]
-    lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
+    keys = [key for key in keys if not key.endswith(("_min", "_max"))]
+    keys = [key for key in keys if any(cell(row, key) not in ("", "–") for row in rows)]
+    heads = {key: HEADINGS.get(key, key.replace("_", " ")) for key in keys}
+    lines = [list(heads.values()), ["---"] * len(keys)]
     lines += [[cell(row, key) for key in keys] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    missing = {}
+    for key in keys:
+        if any(cell(row, key) == "–" for row in rows):
+            missing.setdefault(WHY.get(key, "not known"), []).append(heads[key])
+    notes = "".join(f"\n– in {', '.join(names)}: {why}.\n" for why, names in missing.items())
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n" + notes
+
+
+def bullets(lines):
+    """Return the lines as a Markdown list, "none" if there are none."""
+    return "".join(f"- {line}\n" for line in lines or ["none"])
+
+
+def tell_runs(group, constants):
+    """Return the lines that say which runs went into the group's figures, and which K and δ came of them."""
+    lines = [f"{mode} runs: {shared}" for mode, shared in sorted(group["settings"].items())]
+    for row in {row["optimizer"]: row for row in constants}.values():
+        name = row["optimizer"].upper()
+        if row["k"] is not None:
+            lines.append(f"K of {name}: {row['k']:.4g}, ‖∇f‖ at step {row['k_step']:g} of {row['k_run']}")
+        if row["c_squared"] is None:
+            lines.append(f"not drawn: the formula's δ of {name}: no C²: {NO_C_SQUARED}")
+        elif row["optimizer"] == "shb" and row["k"] is None:
+            lines.append(f"not drawn: the formula's δ of {name}: it needs K: {WHY['k']}")
+    lines += [f"{'diverged' if run['diverged'] else 'used'}: {run['name']}" for run in group["runs"]]
+    return lines + [f"left out: {name}: {reason}" for name, reason in group["left_out"].items()]
 
 
 def draw(group, out):
@@ -668,32 +917,42 @@ def draw(group, out):
     omega_figure, bars, quantiles = draw_omega(runs, omega, left_out)
     gradient_figure, bins = draw_gradients(runs, left_out)
     figures = {
-        "steps": (draw_steps(rows, constants, published), "no critical runs that can be read"),
-        "accuracy": (draw_accuracy(points), "no normal runs"),
-        "delta": (draw_delta(points), "neither a C², from critical runs, nor sampling runs"),
-        "accuracy_delta": (draw_accuracy_delta(points, coefficients), "no point has both accuracy and δ"),
+        "steps": (draw_steps(rows, constants, published), "fewer than two b have steps to any ε"),
+        "accuracy": (draw_accuracy(points), "fewer than two b have an accuracy"),
+        "delta": (draw_delta(points), "fewer than two b have a δ, by the formula or measured"),
+        "accuracy_delta": (draw_accuracy_delta(points, coefficients), "fewer than two points have accuracy and δ"),
         "omega": (omega_figure, "no sampling run with a sound omega.npy"),
         "gradients": (gradient_figure, "no critical run with a sound gradient_norms.f32"),
     }
-    told = {"critical_batch_size": constants, "points": points, "correlations": coefficients}
-    told |= {"steps": rows, "omega": omega}
+    stars = [row for row in constants if row["eps"] is not None]
+    if all(row["b_star"] is None for row in stars):
+        stars = []
+    told = {
+        "critical_batch_size": (stars, NO_STAR),
+        "points": (points, "no runs"),
+        "correlations": (coefficients, "fewer than three points with accuracy and δ, or all equal"),
+        "steps": (rows, "no critical run says anything of ε"),
+        "omega": (omega, "no sampling run that did not diverge"),
+    }
     drawn_only = {"omega_histogram": bars, "omega_qq": quantiles, "gradients": bins}
     text, lines = f"\n## {group['slug']}\n", [f"{group['slug']}: {len(runs)} runs used"]
     for name, (fig, why) in figures.items():
         if fig:
-            save_figure(out / f"{group['slug']}_{name}", fig)
+            save_figure(out / f"{group['slug']}_{name}", fig, group["title"] + (POOLED if name == "omega" else ""))
             text += f"\n![{name}]({group['slug']}_{name}.png)"
         else:
             lines.append(f"not drawn: {name}: {why}")
-    for name, table in (told | drawn_only).items():
+    for name, (table, why) in told.items():
+        if table:
+            text += f"\n\n### {name.replace('_', ' ')}\n\n{markdown(table)}"
+        else:
+            lines.append(f"no table: {name}: {why}")
+    for name, table in ({key: table for key, (table, _) in told.items()} | drawn_only).items():
         if table:
             save_table(out / f"{group['slug']}_{name}", table)
-            text += f"\n\n### {name.replace('_', ' ')}\n\n{markdown(table)}" if name in told else ""
-    lines += [f"{mode} runs: {shared}" for mode, shared in sorted(group["settings"].items())]
-    lines += [f"used: {run['name']}" + " (diverged: marked only)" * run["diverged"] for run in runs]
-    lines += [f"left out: {name}: {reason}" for name, reason in left_out.items()]
+    lines += tell_runs(group, constants)
     print(*lines, sep="\n")
-    return text + "\n### runs\n\n" + "".join(f"- {line}\n" for line in lines)
+    return text + "\n### runs\n\n" + bullets(lines)
 
 
 def main():
@@ -702,6 +961,13 @@ def main():
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line, as main.py
     parser.add_argument("runs_dir", metavar="RUNS_DIR", type=Path, help="run records, at any depth below it")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("figures"), help="default: figures")
+    parser.add_argument(
+        "--eps",
+        metavar="EPS",
+        type=number(float, "a number > 0", lambda value: value > 0),
+        nargs="+",
+        help="these ε instead of the recorded ones, from the gradient histories",
+    )
     args = parser.parse_args()
     shown = f"argument RUNS_DIR: got {str(args.runs_dir)!r}, allowed is a directory with at least one usable run"
     if not args.runs_dir.is_dir():
@@ -709,11 +975,17 @@ def main():
     runs, damaged = read_runs(args.runs_dir)
     if not runs:
         parser.error("; ".join([shown, *(f"{name}: {reason}" for name, reason in list(damaged.items())[:3])]))
+    if args.eps:
+        damaged |= choose_eps(runs, args.eps)
+        for eps in args.eps:
+            if not any(eps in run["to_eps"] for run in runs):
+                allowed = "what a critical run recorded, or holds in a sound gradient_norms.f32"
+                parser.error(f"argument --eps: got {eps:g}, allowed is {allowed}")
     lines = [f"left out: {name}: {reason}" for name, reason in damaged.items()]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         text = METHOD + "".join(draw(group, args.out) for group in combinations(runs))
-        text += "\n## damaged or unfinished runs\n\n" + "".join(f"- {line}\n" for line in lines)
+        text += "\n## what could not be read\n\n" + bullets(lines)
         write(args.out / "report.md", text.encode())
     except OSError as error:
         parser.error(f"argument --out: got {str(args.out)!r}, allowed is a directory to write in ({error.strerror})")

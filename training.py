@@ -54,6 +54,8 @@ class Training:
         self.check_signals = signals.check if signals else lambda: None
         torch.manual_seed(args.seed)
         self.model = models.build(args.model, data.spec.classes).to(data.device, memory_format=data.layout)
+        if args.save_memory:
+            models.save_memory(self.model)
         options = {} if args.optimizer == "sgd" else {"momentum": args.beta1}
         self.optimizer = OPTIMIZERS[args.optimizer](self.model.parameters(), lr=args.lr, **options)
         self.train_step = Graphed(self) if args.compile else self.eager_step
@@ -184,7 +186,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """‖g‖, Euclidean over all the tensors together (paper, section 2, mode critical); a scalar on their device.
 
     On the CPU the entries of an output channel, at most some thousands, are summed in float32 and the channels in
-    float64. One long sum in float32, as of torch's get_total_norm, is 3e-5 too small for ResNet18.
+    float64: within 1e-7. One long sum in float32, as of torch's get_total_norm, is 2e-5 too small for ResNet18.
     """
     if gradients[0].device.type != "cpu":
         return nn.utils.get_total_norm(gradients)  # in two launches, and a tree of short sums

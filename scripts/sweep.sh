@@ -127,6 +127,14 @@ ended() { # the run in slot $1
     esac
     echo "${state[i]} ${path[i]##*/}${note[i]:+: ${note[i]}}"
 }
+mark() { # run $1, where its steps to an ε are only upper bounds
+    local summary=""
+    read -rd '' summary 2>/dev/null <"${path[$1]}/summary.json"
+    if [[ $summary =~ \"at_first_check\":\ *\[([^]]+)\] ]]; then
+        summary=${BASH_REMATCH[1]//[^0-9.e,+-]/}
+        note[$1]="an upper bound, as reached at the first check: eps ${summary//,/ }"
+    fi
+}
 while :; do
     running=()
     for s in "${!slots[@]}"; do
@@ -153,6 +161,7 @@ printf '\n%-12s %6s %9s  %s\n' outcome status time run
 for i in "${!runs[@]}"; do
     t=${seconds[i]}
     [[ $t == - ]] || printf -v t '%d:%02d:%02d' $((t / 3600)) $((t / 60 % 60)) $((t % 60))
+    [[ -n ${note[i]} ]] || mark "$i"
     printf '%-12s %6s %9s  %s\n' "${state[i]}" "${status[i]}" "$t" "${path[i]##*/}${note[i]:+: ${note[i]}}"
     [[ ${state[i]} == finished || ${state[i]} == not_reached ]] || bad=1
 done

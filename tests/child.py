@@ -1,4 +1,4 @@
-"""Runs main.py's experiments in a process forked from one that has torch loaded, and sabotages them there."""
+"""Runs main.py's experiments on the CPU, in a process forked from one that has torch loaded, and sabotages them."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ import utils
 torch.set_num_threads(1)
 _digits = sklearn.datasets.load_digits()
 sklearn.datasets.load_digits = lambda: _digits  # read once, before forking
-_replace, _save, _after = os.replace, torch.save, {"n": 0}
+_replace, _save, _evaluate, _after = os.replace, torch.save, main.evaluate, {"n": 0}
 
 
 def _kill():
@@ -60,6 +60,12 @@ def slow_write(content, file):
     """A checkpoint that takes a minute."""
     print("writing", flush=True)
     time.sleep(60)
+
+
+def lucky(run):
+    """A test of the network that finds everything right, in the middle of an epoch."""
+    accuracy, loss = _evaluate(run)
+    return (100.0 if run.step % run.steps_per_epoch else accuracy), loss
 
 
 class Signalling(utils.Signals):
@@ -134,6 +140,8 @@ def _run(argv, directory, sabotage):
         torch.save = globals()[kind]
     elif kind.startswith("die"):
         os.replace = globals()[kind]
+    elif kind == "lucky":
+        main.evaluate = lucky
     elif kind == "signal_at":
         Signalling.at, main.Signals = int(value), Signalling
     elif kind == "file_limit":
@@ -155,7 +163,7 @@ def _run(argv, directory, sabotage):
         os.setgid(65534)
         os.setuid(65534)
     try:
-        args = arguments.parse(argv)
+        args = arguments.parse(["--device", "cpu", *argv])
     except arguments.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,15 +4,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+import guard  # before anything of ours loads utils.py
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = str(ROOT / "tests")
+os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 os.environ["WANDB_MODE"] = "disabled"  # tests of wandb say otherwise
 os.environ["OMP_NUM_THREADS"] = "1"  # small networks: threads that wait for each other cost more than they bring
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "auto: is about `--device auto`, which guard.py refuses everywhere else")
+
+
+@pytest.fixture(autouse=True)
+def auto_is_meant(request, monkeypatch):
+    if request.node.get_closest_marker("auto"):
+        monkeypatch.setenv(guard.MEANT, "1")
+
+
+@pytest.fixture(autouse=True)
+def backends_restored():
+    """Leave precision, autotuning and determinism as they were, whatever a test has `set_up`."""
+    precise, variable = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "CUBLAS_WORKSPACE_CONFIG"
+    precisions = [backend.fp32_precision for backend in precise]
+    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    workspace = {variable: os.environ[variable]} if variable in os.environ else {}
+    yield
+    for backend, precision in zip(precise, precisions, strict=True):
+        backend.fp32_precision = precision
+    torch.backends.cudnn.benchmark = benchmark
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
+    os.environ.pop(variable, None)
+    os.environ |= workspace
 
 
 class Tiny(nn.Module):
@@ -27,9 +57,12 @@ class Tiny(nn.Module):
         return self.linear(torch.relu(self.bn(self.conv(x))).flatten(1))
 
 
-def run_main(*argv, cwd, env=None, timeout=120):
-    """main.py as a real command, without a terminal. env: what to change; None takes a variable away."""
-    command = [sys.executable, str(ROOT / "main.py"), *map(str, argv)]
+def run_main(*argv, cwd, env=None, timeout=120, device="cpu"):
+    """main.py as a real command, without a terminal. env: what to change; None takes a variable away.
+
+    device: named on the command line, before `argv`, which may name another; None names none.
+    """
+    command = [sys.executable, str(ROOT / "main.py"), *(["--device", device] if device else []), *map(str, argv)]
     env = {k: v for k, v in (os.environ | (env or {})).items() if v is not None}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -38,8 +71,8 @@ def summary(directory):
     return json.loads((directory / "summary.json").read_text())
 
 
-def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True):
-    """Random images with random labels, as a Data on the CPU."""
+def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True, device="cpu"):
+    """Random images with random labels, as a Data."""
     import data
 
     rng = np.random.default_rng(seed)
@@ -49,7 +82,7 @@ def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True):
         arrays[f"y_{part}"] = rng.integers(0, classes, k)
     angle = 15.0 if augmented else 0.0
     spec = data.Spec(classes, n_test, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), augmented, angle)
-    return data.Data(spec, arrays, torch.device("cpu"), seed)
+    return data.Data(spec, arrays, torch.device(device), seed)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_main
 
+from arguments import parse
+
 ROWS = [  # arguments; what the line must name: the argument, what was given, what is allowed
     (["--mode", "train"], "--mode", "'train'", "critical"),
     (["--mode", ""], "--mode", "''", "critical"),
@@ -80,6 +82,14 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--wandb_entity", ""], "--wandb_entity", "''", "A-Z"),
     (["--wandb_project", "a/b"], "--wandb_project", "'a/b'", "up to 128"),
     (["--batch", "8"], "unrecognized arguments", "--batch 8", "--help"),
+    (["--batch_size", "8"], "--batch_size", "8", "did you mean --batchsize?"),
+    (["--beta", "0.9"], "--beta", "0.9", "did you mean --beta1?"),
+    (["--learning-rate=0.1"], "--learning_rate", "0.1", "did you mean --lr?"),
+    (["--qqq"], "unrecognized arguments", "--qqq;", "--help lists what is allowed"),
+    (["--dataset", "cifar100"], "--dataset", "'cifar100'", "did you mean CIFAR100?"),
+    (["--model", "resnet_18"], "--model", "'resnet_18'", "did you mean ResNet18?"),
+    (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb; did you mean sgd?"),
+    (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
     (["digits"], "unrecognized arguments", "digits", "--help"),
 ]
 
@@ -145,6 +155,7 @@ def test_a_pickle_in_the_data_cache_is_not_run(tmp_path):
 
 
 def test_a_run_that_exists_is_not_touched(tmp_path):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     argv = [*QUICK, "--name", "x"]
     assert run_main(*argv, cwd=tmp_path).returncode == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -160,6 +171,26 @@ def test_a_run_that_exists_is_not_touched(tmp_path):
     check(run_main(*argv, cwd=tmp_path), tmp_path, "exists already (unfinished)")
 
 
+def test_the_first_error_about_an_existing_run_already_says_what_differs(tmp_path):
+    """And does not recommend a --resume that would be refused."""
+    argv = [*QUICK[:-2], "--max_steps", "2", "--name", "x"]
+    assert run_main(*argv, cwd=tmp_path).returncode == 0
+    line = check(run_main(*argv, "--lr", "0.2", cwd=tmp_path), tmp_path, "--name", "exists already (finished)")
+    assert "--lr 0.2 (was 0.1)" in line and "another --name" in line and "--resume" not in line
+    line = check(run_main(*argv, "--max_steps", "1", cwd=tmp_path), tmp_path, "is at step 2 already, beyond")
+    assert "--max_steps 1;" in line and "--resume" not in line
+    # What has no say in this mode makes no difference.
+    done = run_main(*argv, "--eps", "0.1", "--steps", "3", "--min_epochs", "5", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "finished already" in done.stdout, done
+
+
+def test_a_warning_is_printed_once(tmp_path):
+    assert run_main(*QUICK, "--name", "x", cwd=tmp_path).returncode == 0
+    (tmp_path / "runs" / "x" / "summary.json").write_text("{")
+    done = run_main(*QUICK, "--name", "x", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.count("warning: ") == 1 and "is damaged" in done.stderr, done
+
+
 def test_a_wandb_mode_that_does_not_exist(tmp_path):
     done = run_main(*QUICK, cwd=tmp_path, env={"WANDB_MODE": "bogus"})
     check(done, tmp_path, "--wandb_mode", "'bogus'", "offline")
@@ -173,6 +204,39 @@ def test_names_of_flags_take_either_dash(tmp_path):
     done = run_main("--print_name", "--optimizer=sgd", "--mode=critical", cwd=tmp_path)
     assert done.stdout == "new runs/critical-CIFAR100-ResNet18-sgd-b8-lr0.1-seed0\n"
     assert list(tmp_path.iterdir()) == []
+
+
+OTHER_RESULTS = [  # what makes another result and cannot be added to a run later
+    *([[mode, flag, value] for mode in ("normal", "critical", "sampling")
+       for flag, value in (("--lr", "0.1000001"), ("--lr", "1"), ("--beta1", "0.95"), ("--batchsize", "16"),
+                           ("--seed", "1"), ("--precision", "bf16"), ("--compile", None), ("--deterministic", None),
+                           ("--optimizer", "sgd"), ("--model", "ResNet20"), ("--dataset", "CIFAR10"))]),
+    ["normal", "--epochs", "10"], ["normal", "--max_steps", "10"], ["critical", "--min_epochs", "1"],
+    ["sampling", "--steps", "5"], ["sampling", "--max_steps", "5"], ["sampling", "--full_grad_batchsize", "500"],
+]  # fmt: skip
+
+
+def test_default_names_do_not_collide():
+    names = {}
+    for mode, *flag in [["normal"], ["critical"], ["sampling"], *OTHER_RESULTS]:
+        argv = ["--mode", mode, *(word for word in flag if word is not None)]
+        names.setdefault(parse(argv).name, []).append(argv)
+    assert all(len(found) == 1 for found in names.values()), names
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--mode", "critical", "--eps", "0.1", "0.2"],
+        ["--mode", "critical", "--max_steps", "7"],
+        ["--mode", "critical", "--epochs", "3"],  # of another mode
+        ["--mode", "critical", "--device", "cpu"],
+        ["--mode", "critical", "--optimizer", "sgd", "--beta1", "0.5"],
+    ],
+)
+def test_what_can_be_added_later_or_has_no_say_is_not_in_the_name(argv):
+    plain = [word for word in argv[:2] + (argv[2:4] if "--optimizer" in argv else [])]
+    assert parse(argv).name == parse(plain).name
 
 
 def test_help_names_every_flag(tmp_path):

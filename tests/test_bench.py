@@ -103,6 +103,31 @@ def test_the_table_and_the_machine_are_shown(measured):
     assert done.stderr == ""
 
 
+def test_save_memory_measures_both_sides_and_counts_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
+    def measure(args, data, model, images, sides):
+        assert [(mode, start) for _, mode, start in sides] == [("normal", 1000)] * 2
+        row = {"mode": "normal", "start": 1000, "model": model, "images_a_step": images, "ratios": {}}
+        row |= {"seconds_a_step": 0.5, "quartiles": [0.4, 0.6], "steps_a_second": 2, "images_a_second": 16}
+        row |= {"seconds_to_first_step": 1.0}
+        cost = {"ours": 20_000_000, "saving": 5_000_000}
+        return [row | {"side": side, "peak_bytes": 10**9 + images * cost[side]} for side, _, _ in sides]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    argv = ["--save-memory", "--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path / "o.json")]
+    assert bench.run([*argv, "--batchsizes", "16", "64"]) == 0
+    content = json.loads((tmp_path / "o.json").read_text())
+    assert [(row["side"], row["images_a_step"]) for row in content["rows"]] == [
+        *(("ours", 16), ("saving", 16), ("ours", 64), ("saving", 64))
+    ]
+    counts = {(row["side"], row["images"]): row["kept_bytes"] for row in content["counted"]}
+    assert list(counts) == [(side, b) for b in (16, 64, 8192) for side in ("ours", "saving")]
+    # By hand, floats an image: the input of every BatchNorm and every ReLU's output, the stem's too.
+    outputs = 4 * (4 * 64 * 1024 + 4 * 128 * 256 + 4 * 256 * 64 + 4 * 512 * 16) // 2 + 2 * 64 * 1024
+    shortcuts = 128 * 256 + 256 * 64 + 512 * 16
+    assert counts["ours", 8192] == pytest.approx(4 * 8192 * (outputs + shortcuts), rel=0.01)
+    assert "ResNet18 b=8192 saving: 12.1 GB kept" in capsys.readouterr().out
+
+
 def test_images_are_the_cached_ones_or_random_ones(tmp_path, cifar_dir):
     args = args_of(tmp_path)
     for directory in (tmp_path, cifar_dir):

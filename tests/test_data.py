@@ -106,8 +106,7 @@ def test_cifar10_is_cropped_and_flipped_but_not_rotated():
 
 
 def test_digits_are_the_embedded_ones_with_a_fixed_split():
-    from sklearn.datasets import load_digits
-
+    load_digits = pytest.importorskip("sklearn.datasets", reason="the digits are scikit-learn's").load_digits
     d = data.load("digits", Path("unused"), CPU, seed=5)
     assert (d.size, len(d.x_test), d.spec.classes, d.spec.augmented) == (1437, 360, 10, False)
     images = torch.cat([d.pixels.view(-1, 32, 32, 3), d.x_test]).numpy()

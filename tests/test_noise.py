@@ -83,6 +83,61 @@ def test_omega_is_the_direction_minus_the_full_gradient_at_the_same_point(name, 
     assert (numbers["noise_norm"] == numbers["gradient_noise_norm"]) == (name == "sgd")
 
 
+class Branches(nn.Module):
+    """A frozen layer, one that the loss does not need, one that the optimizer is not given, and two that train."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.frozen = nn.Linear(3072, 5), nn.Linear(5, 5)
+        self.unused, self.foreign, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 10)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.foreign(self.frozen(torch.tanh(self.first(x.flatten(1))))))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_parameter_groups_are_matched_by_parameter(name, turned):
+    """Two groups of different lr, in either order; what `step` would not move is left out."""
+    torch.manual_seed(3)
+    data, model = make_data(60), Branches()
+    trained = [*model.first.parameters(), *model.last.parameters()]
+    groups = [
+        {"params": [*model.first.parameters(), *model.frozen.parameters()], "lr": 0.05},
+        {"params": [*model.last.parameters(), *model.unused.parameters()], "lr": 0.4},
+    ]
+    rates = [0.05, 0.05, 0.4, 0.4]
+    beta = {} if name == "sgd" else {"momentum": 0.7}
+    optimizer = OPTIMIZERS[name](groups[::-1] if turned else groups, 0.1, **beta)
+    for step in range(3):
+        x, y = next(data.epoch(step, 8))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    x, y = next(data.epoch(3, 8))
+    numbers, omega = noise.measure(model, optimizer, (x, y), data, 3, 17)
+    twin = copy.deepcopy(model).double()
+    full = [torch.zeros_like(p, dtype=torch.float64) for p in trained]
+    for images, labels in data.full_pass(3, 60):
+        loss = F.cross_entropy(twin(images.double()), labels)
+        full = torch.autograd.grad(loss, [*twin.first.parameters(), *twin.last.parameters()])
+    before = [p.detach().clone() for p in trained]
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()  # d from what the step does, and not from the rule
+    d = [(b - p.detach()).double() / lr for b, p, lr in zip(before, trained, rates, strict=True)]
+    expected = [di - fi for di, fi in zip(d, full, strict=True)]
+    flat = torch.cat([e.flatten() for e in expected])
+    assert omega.shape == flat.shape
+    torch.testing.assert_close(omega.double(), flat, rtol=1e-2, atol=1e-4)
+    assert numbers["noise_norm"] == pytest.approx(flat.norm().item(), rel=1e-3)
+    weighted = torch.cat([lr * e.flatten() for e, lr in zip(expected, rates, strict=True)])
+    assert numbers["delta"] == pytest.approx(weighted.norm().item(), rel=1e-3)
+    d, full = (torch.cat([t.flatten() for t in part]) for part in (d, full))
+    assert numbers["cosine"] == pytest.approx(torch.cosine_similarity(d, full, dim=0).item(), abs=1e-3)
+
+
 def snapshot(model, optimizer):
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

@@ -181,7 +181,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
     assert status == 0 and "summary.json is damaged (it is no regular file)" in log, log
 
 
-QUICK = "--dataset digits --model ResNet20 --batchsize 1437 --max_steps 1 --name q"
+QUICK = "--device cpu --dataset digits --model ResNet20 --batchsize 1437 --max_steps 1 --name q"
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])

@@ -151,7 +151,7 @@ def name(optimizer: str, b: int, seed: int = 0, mode: str = "normal") -> str:
     return f"{mode}-digits-ResNet20-{optimizer}-b{b}-lr0.1{beta}-seed{seed}"
 
 
-DIGITS_FLAGS = ("--dataset", "digits", "--model", "ResNet20")
+DIGITS_FLAGS = ("--dataset", "digits", "--model", "ResNet20", "--device", "cpu")
 DIGITS = ("normal", *DIGITS_FLAGS)
 TWO = (*DIGITS, "--optimizers", "sgd", "--seeds", "0 1", "--batchsizes", "8 16")  # two at a time of four
 
@@ -429,6 +429,7 @@ def test_two_sweeps_at_once_share_the_work_and_do_nothing_twice(sweeps):
 
 @pytest.fixture
 def real_sweeps(sweeps):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     # Two runs that take two threads each on two cores wait for one another most of the time.
     sweeps.environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     return sweeps

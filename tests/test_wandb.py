@@ -10,11 +10,12 @@ from pathlib import Path
 
 import child
 import pytest
-from conftest import ROOT, run_main, summary
+from conftest import ROOT, TESTS, run_main, summary
 from test_survival import wait_for
 
 wandb = pytest.importorskip("wandb")
-ARGS = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "479", "--name", "r-seed0"]
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+ARGS = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "479", "--name", "r-seed0", "--device", "cpu"]
 CLEAN = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "/nonexistent", "NETRC": "/nonexistent"}
 
 
@@ -61,21 +62,27 @@ def test_offline_files_hold_what_a_dashboard_needs(tmp_path):
     found = records(directory)
     (run,) = [r.run for r in found if r.HasField("run")]
     assert (run.display_name, run.run_group, run.job_type) == ("r-seed0", "r", "sampling")
-    assert (run.project, run.entity, set(run.tags)) == ("role_of_momentum", "", {"digits", "ResNet20", "shb"})
+    tags = {"digits", "ResNet20", "shb", "lr 0.1", "b 479", "β 0.9"}
+    assert (run.project, run.entity, set(run.tags)) == ("role_of_momentum", "", tags)
     config = items(run.config.update)
     assert config["batchsize"] == 479 and config["environment"]["torch"]
+    assert config["sampling_steps"] == 7 and config["full_grad_batchsize"] == 1000
+    assert not {"epochs", "eps", "min_epochs", "wandb_mode", "runs_dir", "resume"} & config.keys()  # of no use here
     metrics = {m.metric.name or m.metric.glob_name: m.metric for m in found if m.HasField("metric")}
     assert metrics["*"].step_metric == "steps" and metrics["accuracy"].summary.max
     history = [items(r.history.item) for r in found if r.HasField("history")]
+    (histogram,) = [h for h in history if h.get("omega/_type") == "histogram" or "omega" in h]
+    assert histogram["steps"] == 7 and str(histogram).count("histogram")
+    history.remove(histogram)
     assert [h["steps"] for h in history] == [3, 6, 7]
     assert {"g-norm", "ave-norm", "training_loss"} <= history[0].keys()
+    assert not config.keys() & {key for h in history for key in h}  # no setting under the name of a metric
     totals = {}
     for record in found:
         totals |= items(record.summary.update)
     assert totals["status"] == "finished" and totals["noise_norm"] == pytest.approx(
         summary(directory)["results"]["noise_norm"]
     )
-    assert any(k == "omega" or k.startswith("omega/") for k in totals) and str(totals).count("histogram")
     assert not Path("/nonexistent").exists()
 
 
@@ -139,7 +146,7 @@ def test_the_environment_and_the_flag_are_respected(tmp_path):
 def test_wandb_missing_or_broken_at_its_start(module, warns, tmp_path):
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "wandb.py").write_text(module)
-    env = CLEAN | {"PYTHONPATH": str(tmp_path / "fake")}
+    env = CLEAN | {"PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{TESTS}"}
     done = run_main(*ARGS, "--max_steps", 2, cwd=tmp_path, env=env)
     assert done.returncode == 0 and warns in done.stderr and "Traceback" not in done.stderr, done
     assert done.stderr.count("\n") == 1 and summary(tmp_path / "runs" / "r-seed0")["status"] == "finished"
@@ -168,7 +175,20 @@ def test_wandb_dying_in_mid_run(tmp_path):
     assert summary(directory)["steps"] == 18 and len((directory / "metrics.csv").read_text().splitlines()) == 7
 
 
-TINY = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 64, "--name", "r", "--wandb_mode", "offline"]
+TINY = [
+    "--device",
+    "cpu",
+    "--dataset",
+    "digits",
+    "--model",
+    "ResNet20",
+    "--batchsize",
+    64,
+    "--name",
+    "r",
+    "--wandb_mode",
+    "offline",
+]
 
 
 def steps_in(path):
@@ -222,7 +242,7 @@ HANGING = """if True:
 
 def hanging(tmp_path, limit):
     argv = [str(a) for a in [*TINY, "--max_steps", 3]]
-    program = HANGING.format(root=str(ROOT), tests=str(ROOT / "tests"), limit=limit, argv=argv)
+    program = HANGING.format(root=str(ROOT), tests=str(TESTS), limit=limit, argv=argv)
     with open(tmp_path / "log", "wb") as log:  # not a pipe, which the stopped wandb-core would keep open
         return subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=log, stderr=log)
 

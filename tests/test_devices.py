@@ -1,0 +1,81 @@
+"""Which device a run takes, and that no test leaves that to the machine it runs on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_main
+
+import arguments
+import main
+import utils
+
+
+def set_gpus(monkeypatch, count, mps=False):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.auto
+@pytest.mark.parametrize(("gpus", "mps", "best"), [(0, False, "cpu"), (2, False, "cuda:0"), (0, True, "mps")])
+def test_auto_is_the_best_there_is(gpus, mps, best, monkeypatch):
+    set_gpus(monkeypatch, gpus, mps)
+    assert str(utils.pick_device("auto")) == best
+
+
+def test_a_name_is_taken_at_its_word(monkeypatch):
+    set_gpus(monkeypatch, 2)
+    assert [str(utils.pick_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
+    with pytest.raises(arguments.UserError, match=r"--device: got 'cuda:2', this machine has cuda:0, cuda:1, cpu"):
+        utils.pick_device("cuda:2")
+
+
+@pytest.mark.auto
+def test_a_plain_command_takes_the_best_there_is(tmp_path):
+    pytest.importorskip("sklearn")
+    argv = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 1437, "--max_steps", 1, "--name", "r"]
+    done = run_main(*argv, cwd=tmp_path, device=None)
+    assert done.returncode == 0, done
+    content = json.loads((tmp_path / "runs" / "r" / "args.json").read_text())
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    assert content["args"]["device"] == "auto" and content["environment"]["device"] == (gpu or "cpu")
+
+
+def test_a_test_that_lets_auto_decide_fails_in_this_process(tmp_path):
+    args = arguments.parse(["--dataset", "digits", "--runs_dir", str(tmp_path)])
+    with pytest.raises(AssertionError, match="name a device"):
+        main.main(args)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("program", ["main.py", "bench.py"])
+def test_a_test_that_lets_auto_decide_fails_in_a_child_of_its_own(program, tmp_path):
+    command = [sys.executable, str(ROOT / program)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "a test lets `--device auto` decide" in done.stderr, done
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_test_that_lets_auto_decide_fails_beneath_a_sweep(tmp_path):
+    words = ["critical", "--dataset", "digits", "--optimizers", "sgd", "--batchsizes", "8", "--seeds", "0"]
+    command = [str(ROOT / "scripts" / "sweep.sh"), *words]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "a test lets `--device auto` decide" in done.stdout, done
+
+
+def test_settings_of_the_backends_are_changed(monkeypatch):
+    """Together with the next: what one test has set up does not reach another."""
+    main.set_up(arguments.parse(["--precision", "ieee", "--deterministic"]))
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee" and torch.are_deterministic_algorithms_enabled()
+    main.set_up(arguments.parse([]))
+    assert torch.backends.cudnn.benchmark
+
+
+def test_settings_of_the_backends_are_back():
+    assert torch.backends.cudnn.conv.fp32_precision != "ieee" and torch.backends.cuda.matmul.fp32_precision != "ieee"
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
