@@ -44,6 +44,21 @@ def say(kind: str, message: object) -> None:
     print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def usable_streams() -> None:
+    """Make stdin, stdout and stderr such that nothing said fails: one that is closed says nothing, no letter is odd.
+
+    Or else the next file opened would get the closed one's number, and what libraries print with it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open until the process ends)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 @functools.cache
 def warn(message: str) -> None:
     """`say` a warning; the same one only once, however often it is come upon."""
@@ -303,13 +318,26 @@ def refuse(reason: str, args: argparse.Namespace) -> None:
         raise UserError(f"argument --resume: {args.runs_dir / args.name} {reason}, or another --name")
 
 
-def begun_with(directory: Path) -> dict | None:
-    """The arguments that the run in `directory` was begun with; None where they are not known."""
+def read_args(directory: Path) -> dict:
+    """args.json of the run in `directory`; empty where it is missing or damaged."""
     try:
-        before = json.loads((directory / "args.json").read_text(encoding="utf-8"))["args"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return before if isinstance(before, dict) else None
+        content = read_json(directory / "args.json")
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content.get("args"), dict) else {}
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError if it cannot be read, ValueError if it is no file or holds none."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    return content
 
 
 def plain(value):
@@ -327,13 +355,13 @@ def read_summary(directory: Path) -> dict | None:
     """summary.json of a run that has ended; None where there is none, or it is damaged (which is said)."""
     file = directory / "summary.json"
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        known = summary["status"] in EXIT_STATUS
-        if not (known and isinstance(summary["args"], dict) and isinstance(summary["steps"], int)):
+        summary = read_json(file)
+        known = summary.get("status") in EXIT_STATUS
+        if not (known and isinstance(summary.get("args"), dict) and isinstance(summary.get("steps"), int)):
             raise ValueError("its status, arguments or steps are not there")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         warn(f"{file} is damaged ({error}); the run counts as unfinished")
         return None
     return summary

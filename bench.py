@@ -55,6 +55,7 @@ import models
 import noise
 import training
 import utils
+from record import Record
 from shb import SHB
 
 QUICK = {"models": ["ResNet20"], "batchsizes": [8, 128], "seconds": 0.5, "rounds": 3, "full_grad_batchsize": 125}
@@ -125,8 +126,8 @@ def ours(args: argparse.Namespace, data: datasets.Data) -> Callable[[int], None]
         return begun[number]
 
     view.epoch, view.test = epoch, lambda batchsize: ()
-    record = utils.Record(args)
-    record.claim()
+    record = Record(args)
+    record.claim(data.checksum)
     run = training.Training(args, view, record, None)
     run.save = lambda: None  # it is written every five minutes, and not after every block
     run.step, run.sums = args.start, {"steps": args.start, "norm": 9.0 * args.start, "max_norm": 9.0}

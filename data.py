@@ -7,6 +7,7 @@ epoch alone, so any step of any epoch can be had again without a generator's his
 
 import fcntl
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Data:
         self.spec, self.device, self.seed = spec, device, seed
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.size = len(arrays["x_train"])
+        self.checksum = checksum(arrays)
         self.pixels = torch.from_numpy(arrays["x_train"]).view(-1, 3).to(device)  # one row a pixel
         self.y_train = torch.from_numpy(arrays["y_train"]).to(device, torch.int64)
         self.x_test = torch.from_numpy(arrays["x_test"]).to(device)
@@ -119,6 +121,14 @@ class Data:
         """uint8 (b, 32, 32, 3) → float32 (b, 3, 32, 32), with the arithmetic of ToTensor and Normalize."""
         x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.layout)
         return x.div_(self.white).sub_(self.mean).div_(self.std)
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> int:
+    """The CRC-32 of all images and labels, by which a run knows its data again: 0.1 s for CIFAR's 184 MB."""
+    value = 0
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]), value)
+    return value
 
 
 def draw_augmentation(rng: np.random.Generator, n: int, angle: float) -> np.ndarray:

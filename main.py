@@ -11,9 +11,10 @@ import signal
 import sys
 from argparse import Namespace
 
-from arguments import EXIT_STATUS, UserError, parse, planned_steps, run_state, say
+from arguments import EXIT_STATUS, UserError, parse, planned_steps, run_state, say, usable_streams
 
 if __name__ == "__main__":  # before torch is loaded: a typo is answered at once
+    usable_streams()
     try:
         ARGS = parse(sys.argv[1:])
         if ARGS.print_name:
@@ -31,8 +32,9 @@ import torch.nn.functional as F
 
 import data as datasets
 from noise import measure, unchanged
+from record import Record
 from training import Training
-from utils import Record, Signals, Stopped, pick_device, set_up
+from utils import Signals, Stopped, out_of_memory, pick_device, set_up
 
 
 def normal(run: Training) -> dict:
@@ -97,7 +99,7 @@ def reached_before(run: Training, first_check: int) -> dict[str, int | None]:
     known = run.results.get("steps_to_eps", {})
     new = [eps for eps in run.args.eps if repr(eps) not in known]
     if new:
-        norms = run.record.norms(run.sums["steps"])
+        norms = run.record.history.read()
         means = np.cumsum(norms, dtype=np.float64) / np.arange(1, len(norms) + 1)
         known = known | {repr(eps): first_crossing(means, 1, eps, first_check) for eps in new}
     return {repr(eps): known[repr(eps)] for eps in run.args.eps}
@@ -171,19 +173,29 @@ def main(args: Namespace) -> int:
         raise UserError(f"argument --compile: it captures a CUDA graph, and the device is {device}")
     set_up(args)
     data = datasets.load(args.dataset, args.data_dir, device, args.seed)
-    record.claim()
+    record.claim(data.checksum)
     checkpoint = record.load_checkpoint() if args.resume else None
     run = Training(args, data, record, Signals())
     if checkpoint:
         run.load(checkpoint)
         print(f"resumed at step {run.step}: {record.directory}")
     record.begin(device, run.step)
+    status = 1
     try:
-        results = {"normal": normal, "critical": critical, "sampling": sampling}[args.mode](run)
+        status = experiment(run)
+    finally:
+        Signals.forget()
+        record.close(status)
+    return status
+
+
+def experiment(run: Training) -> int:
+    """Run the experiment of --mode, and record how it ended or where it was stopped. Returns the exit status."""
+    try:
+        results = {"normal": normal, "critical": critical, "sampling": sampling}[run.args.mode](run)
     except Stopped as stop:
         run.save()
-        record.close(exit_code=128 + stop.signum)
-        print(f"stopped after step {run.step}, with a checkpoint; the same command with --resume goes on")
+        print(f"stopped after step {run.step}, with a checkpoint; the same command with --resume goes on", flush=True)
         return 128 + stop.signum
     steps = run.sums["steps"]
     results["mean_gradient_norm"] = run.sums["norm"] / steps if steps else None
@@ -192,7 +204,7 @@ def main(args: Namespace) -> int:
     status = "diverged" if run.diverged_at else "finished" if complete else "not_reached"
     if run.diverged_at:
         results["diverged_at_step"] = run.diverged_at
-    record.finish(status, steps, steps / run.steps_per_epoch, results)
+    run.record.finish(status, steps, steps / run.steps_per_epoch, results)
     return EXIT_STATUS[status]
 
 
@@ -202,8 +214,10 @@ def run_and_report(args: Namespace) -> int:
         return main(args)
     except UserError as error:
         message, status = error, 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        message, status = error, 1
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not (isinstance(error, OSError) or out_of_memory(error)):
+            raise
+        message, status = error if str(error) else "out of memory", 1
     except KeyboardInterrupt:
         message, status = "interrupted before the first step", 130
     say("error", message)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import models
 from arguments import ENDLESS
 from data import Data
+from record import Record
 from shb import OPTIMIZERS
-from utils import Record, Signals
+from utils import Signals
 
 WINDOW = 200  # steps between two readings of the device
 

@@ -27,11 +27,11 @@ shift
 # steps; but sampling takes the same number of steps at each b, and there the large batches are the long ones.
 optimizers="sgd shb nshb" batchsizes="8 16 32 64 128 256 512 1024 2048 4096 8192" seeds="0 1 2" jobs_per_gpu=1
 [[ $mode != sampling ]] || batchsizes="8192 4096 2048 1024 512 256 128 64 32 16 8"
-if [[ -v CUDA_VISIBLE_DEVICES ]]; then # a cluster's or a user's choice
-    gpus=${CUDA_VISIBLE_DEVICES//,/ }
-else # where the driver is broken, nvidia-smi complains on stdout
-    gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null) || gpus=""
-fi
+# Where the driver is broken, nvidia-smi complains on stdout.
+found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null) || found=""
+gpus=$found
+[[ ! -v CUDA_VISIBLE_DEVICES ]] || gpus=${CUDA_VISIBLE_DEVICES//,/ } # a cluster's or a user's choice
+chosen=$gpus
 while (($#)); do
     flag=${1%%=*} flag=${flag//-/_}
     case $flag in
@@ -47,6 +47,14 @@ while (($#)); do
     shift
 done
 [[ $jobs_per_gpu =~ ^[1-9][0-9]?$ ]] || die "--jobs_per_gpu $jobs_per_gpu: must be 1 to 99"
+if [[ $gpus != "$chosen" ]]; then # by --gpus: with a wrong one, CUDA would see none, and the run take the CPU
+    named=$(nvidia-smi -L 2>/dev/null) || named=""
+    list=${found//$'\n'/, }
+    for gpu in $gpus; do
+        [[ " ${found//$'\n'/ } " == *" $gpu "* ]] || [[ $gpu == @(GPU|MIG)-* && $named == *"UUID: $gpu"* ]] ||
+            die "--gpus: got '$gpu', nvidia-smi lists ${list:-none}"
+    done
+fi
 command -v "$python" >/dev/null || die "there is no interpreter '$python'; PYTHON names another"
 slots=()
 for ((n = 0; n < jobs_per_gpu; n++)); do
@@ -102,6 +110,9 @@ start() { # the next run in slot $1
     pid[$1]=$! job[$1]=$i began[$1]=$SECONDS
     echo "[$next/${#todo[@]}] started ${path[i]##*/}${gpu:+ on GPU $gpu}"
 }
+last_words() { # of the log $1: the error, whatever libraries have said at exit; or else the last line
+    tail -n 100 "$1" | awk '{ last = $0 } /^\$ / { error = "" } /^error: / { error = $0 } END { print error ? error : last }'
+}
 ended() { # the run in slot $1
     local i=${job[$1]} summary=""
     wait "${pid[$1]}"
@@ -110,9 +121,9 @@ ended() { # the run in slot $1
         0 | 3) # in builtins only: a Ctrl-C of this moment would end a child process
             read -rd '' summary <"${path[i]}/summary.json"
             [[ $summary =~ \"status\":\ *\"([a-z_]+)\" ]] && state[i]=${BASH_REMATCH[1]} ;;
-        2) state[i]=refused note[i]=$(tail -n 1 "${path[i]}.log") ;;
+        2) state[i]=refused note[i]=$(last_words "${path[i]}.log") ;;
         130 | 143) state[i]=stopped ;;
-        *) state[i]=failed note[i]="see ${path[i]}.log: $(tail -n 1 "${path[i]}.log")" ;;
+        *) state[i]=failed note[i]="see ${path[i]}.log: $(last_words "${path[i]}.log")" ;;
     esac
     echo "${state[i]} ${path[i]##*/}${note[i]:+: ${note[i]}}"
 }

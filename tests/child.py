@@ -1,5 +1,7 @@
 """Runs main.py's experiments on the CPU, in a process forked from one that has torch loaded, and sabotages them."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -16,6 +18,7 @@ from conftest import PATIENCE, Tiny
 import arguments
 import main
 import models
+import record
 import utils
 
 torch.set_num_threads(1)
@@ -41,14 +44,14 @@ def die_in_write(content, file):
 def die_between_renames(source, target):
     """SIGKILL when the newest checkpoint has become the one before and the new one is not in place."""
     _replace(source, target)
-    if Path(target).name == utils.CHECKPOINTS[1]:
+    if Path(target).name == record.CHECKPOINTS[1]:
         _kill()
 
 
 def die_after_rename(source, target):
     """SIGKILL right after a checkpoint is in place, the third time."""
     _replace(source, target)
-    _after["n"] += Path(target).name == utils.CHECKPOINTS[0]
+    _after["n"] += Path(target).name == record.CHECKPOINTS[0]
     if _after["n"] == 3:
         _kill()
 
@@ -78,6 +81,53 @@ class Signalling(utils.Signals):
         super().check()
 
 
+def stop_core(pid=None):
+    """SIGSTOP to the wandb-core of a process."""
+    children = Path(f"/proc/{pid or os.getpid()}/task/{pid or os.getpid()}/children").read_text().split()
+    for core in children:
+        if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
+            os.kill(int(core), signal.SIGSTOP)
+
+
+def replace_metrics():
+    """As editors do: to another file, then renamed."""
+    Path("edited").write_text(Path("runs/r/metrics.csv").read_text()[:-10] + "oops")
+    os.replace("edited", "runs/r/metrics.csv")
+
+
+MEDDLING = {
+    "replace_metrics": replace_metrics,
+    "delete_metrics": lambda: os.unlink("runs/r/metrics.csv"),
+    "delete_args": lambda: os.unlink("runs/r/args.json"),
+    "cut_norms": lambda: os.truncate("runs/r/gradient_norms.f32", 10),
+    "delete_norms": lambda: os.unlink("runs/r/gradient_norms.f32"),
+}
+
+
+class Meddling(utils.Signals):
+    """One of MEDDLING at the 250th check, when each file is there."""
+
+    def check(self):
+        _after["n"] += 1
+        if _after["n"] == 250:
+            MEDDLING[Meddling.kind]()
+        super().check()
+
+
+def no_locks(*_):
+    """As on NFS or Lustre mounted without them."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def lose_omega(*arguments, **named):
+    """ω is gone as soon as it is saved."""
+    _save_omega(*arguments, **named)
+    os.unlink("runs/r/omega.npy")
+
+
+_save_omega = record.Record.save_omega
+
+
 def _run(argv, directory, sabotage):
     os.chdir(directory)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -96,6 +146,19 @@ def _run(argv, directory, sabotage):
         Signalling.at, main.Signals = int(value), Signalling
     elif kind == "file_limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))
+    elif kind in MEDDLING:
+        Meddling.kind, main.Signals = kind, Meddling
+    elif kind == "no_locks":
+        fcntl.flock = no_locks
+    elif kind == "lose_omega":
+        record.Record.save_omega = lose_omega
+    elif kind == "other_pixels":
+        _digits.images[0, 0, 0] += 1
+    elif kind == "threads":
+        torch.set_num_threads(int(value))
+    elif kind == "memory":  # so many bytes more than now
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + int(value), resource.RLIM_INFINITY))
     elif kind == "nobody":
         os.setgid(65534)
         os.setuid(65534)

@@ -17,7 +17,7 @@ import arguments
 import bench
 import models
 import shb
-from utils import NORMS
+from record import NORMS
 
 # bench.py as a command, with a network and a data set so small that a block of steps takes no time; its children
 # import this too.

@@ -168,7 +168,7 @@ def test_a_new_eps_is_looked_for_in_the_history_in_double_precision():
             break
     in_float32 = np.cumsum(norms) / np.arange(1, len(norms) + 1)
     assert np.flatnonzero(in_float32 <= 0.97)[0] + 1 != expected  # or else this test could not tell
-    record = SimpleNamespace(norms=lambda count: norms[:count])
+    record = SimpleNamespace(history=SimpleNamespace(read=lambda: norms))
     args = SimpleNamespace(eps=[0.97, 0.5])
     known = SimpleNamespace(args=args, results={"steps_to_eps": {"0.5": 7}}, sums={"steps": len(norms)}, record=record)
     assert main.reached_before(known, 1) == {"0.97": expected, "0.5": 7}

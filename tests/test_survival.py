@@ -284,12 +284,17 @@ def test_a_record_cut_off_in_the_middle(mode, name, reference, tmp_path):
     directory = tmp_path / "runs" / "r"
     os.truncate(directory / name, (directory / name).stat().st_size * (1 if name[0] == "s" else 9) // 10)
     status, log = child.run([*BASE, *MODES[mode], "--resume"], tmp_path)
-    if name == "gradient_norms.f32" and status == 2:  # cut before what both checkpoints count on
-        assert "gradient norms of the" in log
-        return
     assert status == 0, log
     assert ("warning" in log) == (name != "metrics.csv")
-    assert outcome(directory) == reference[mode]
+    ours, whole = outcome(directory), reference[mode]
+    if "nan for the" in log:  # cut before what both checkpoints count on
+        norms, known = (np.frombuffer(found.pop(name), "<f4") for found in (ours, whole | {}))
+        lost = np.isnan(norms)
+        assert 0 < lost.sum() < 430 and (norms[~lost] == known[~lost]).all()
+        whole = {key: value for key, value in whole.items() if key != name}
+        for found in (ours, whole):
+            found["checkpoint"] = [entry for entry in found["checkpoint"] if entry[0] != "norms_checksum"]
+    assert ours == whole
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

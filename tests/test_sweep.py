@@ -240,6 +240,8 @@ def test_an_upper_bound_is_marked_in_the_table(sweeps):
         (["normal", "--seeds"], "--seeds"),
         (["normal", "--seeds", ""], "--seeds"),
         (["normal", "--gpus", " "], "--gpus"),
+        (["normal", "--gpus", "nonsense"], "--gpus: got 'nonsense', nvidia-smi lists"),
+        (["normal", "--gpus", "97"], "--gpus: got '97', nvidia-smi lists"),
         (["normal", "--jobs_per_gpu", "0"], "--jobs_per_gpu"),
         (["normal", "--jobs-per-gpu=a[$(touch x)]"], "--jobs_per_gpu"),
         (["normal", "--batchsizes", "8 8"], "twice"),
@@ -272,7 +274,30 @@ def test_a_missing_interpreter_and_an_old_bash_are_named(sweeps, tmp_path):
 # --- running, with the stand-in -----------------------------------------------------------------------------
 
 
-def test_every_run_once_spread_over_the_gpus_with_the_other_flags_as_given(sweeps):
+def nvidia_smi(sweeps, tmp_path, gpus):
+    """A stand-in, as for a machine with these GPUs."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    uuids = "".join(f"echo 'GPU {n}: H100 (UUID: GPU-aa{n})'\n" for n in gpus)
+    indices = "".join(f"echo {n}\n" for n in gpus)
+    smi.write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then\n{uuids}else\n{indices}fi\n')
+    smi.chmod(0o755)
+    sweeps.environment["PATH"] = f"{smi.parent}:{os.environ['PATH']}"
+    return smi
+
+
+def test_only_gpus_of_this_machine_are_taken(sweeps, tmp_path):
+    nvidia_smi(sweeps, tmp_path, (0, 3))
+    one = (*DIGITS, "--dry_run", "--seeds", 0, "--batchsizes", 8)
+    for gpus in ("0", "3,0", "GPU-aa3"):
+        assert sweeps.run(*one, "--gpus", gpus).returncode == 0
+    for gpus, wrong in (("0 1", "1"), ("GPU-bb", "GPU-bb"), ("-1", "-1"), ("00", "00"), ("GPU", "GPU")):
+        done = sweeps.run(*one, "--gpus", gpus)
+        assert (done.returncode, done.stderr) == (2, f"error: --gpus: got '{wrong}', nvidia-smi lists 0, 3\n")
+
+
+def test_every_run_once_spread_over_the_gpus_with_the_other_flags_as_given(sweeps, tmp_path):
+    nvidia_smi(sweeps, tmp_path, range(8))
     sweeps.acts = {"": "start 4"}  # so that the first four must all be at work before one ends
     words = ("--lr=0.5", "--max-steps", 7, "--runs_dir", "my runs")
     done = sweeps.run(*DIGITS, *words, "--seeds", "0,1", "--batchsizes", "8 16", "--gpus", "4 7", "--jobs_per_gpu", 2)
@@ -291,17 +316,14 @@ def test_every_run_once_spread_over_the_gpus_with_the_other_flags_as_given(sweep
 
 
 def test_the_gpus_are_those_of_nvidia_smi_or_of_cuda_visible_devices(sweeps, tmp_path):
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
-    smi.chmod(0o755)
-    sweeps.environment["PATH"] = f"{smi.parent}:{os.environ['PATH']}"
+    smi = nvidia_smi(sweeps, tmp_path, (0, 1, 2))
     one = (*DIGITS, "--dry_run", "--seeds", 0, "--batchsizes", 8)
     assert "3 at a time" in sweeps.run(*one).stdout
     smi.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
     assert "1 at a time" in sweeps.run(*one).stdout
     sweeps.environment["CUDA_VISIBLE_DEVICES"] = "GPU-a,GPU-b"
     assert "2 at a time" in sweeps.run(*one).stdout
+    nvidia_smi(sweeps, tmp_path, (0, 1))
     assert "3 at a time" in sweeps.run(*one, "--gpus", "0", "--jobs_per_gpu", "3").stdout
     sweeps.environment["CUDA_VISIBLE_DEVICES"] = ""
     assert "1 at a time" in sweeps.run(*one).stdout

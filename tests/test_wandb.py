@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import child
 import pytest
 from conftest import ROOT, TESTS, run_main, summary
+from test_survival import wait_for
 
 wandb = pytest.importorskip("wandb")
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
@@ -19,9 +21,13 @@ CLEAN = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "/nonexistent", "NET
 
 def records(directory):
     """The records of an offline run's file: after 7 bytes of header, LevelDB's log format, in blocks of 32 KiB."""
+    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    return records_in(path)
+
+
+def records_in(path):
     from wandb.proto import wandb_internal_pb2 as pb
 
-    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
     content, at, data, found = path.read_bytes(), 7, b"", []
     assert content.startswith(b":W&B")
     while at + 7 <= len(content):
@@ -49,7 +55,10 @@ def test_offline_files_hold_what_a_dashboard_needs(tmp_path):
     assert done.stdout.count("wandb: logging offline (no --wandb_entity)") == 1
     directory = tmp_path / "runs" / "r-seed0"
     (offline,) = directory.glob("wandb/offline-run-*")
-    assert f"`wandb sync {offline.relative_to(tmp_path)}`" in done.stdout
+    run_id = json.loads((directory / "args.json").read_text())["wandb_id"]
+    command = f"`wandb sync {directory.relative_to(tmp_path)}/wandb/offline-run-*-{run_id}`"
+    assert done.stdout.splitlines()[-1] == f"wandb: to upload this run, {command}"
+    assert offline.name.endswith(f"-{run_id}")
     found = records(directory)
     (run,) = [r.run for r in found if r.HasField("run")]
     assert (run.display_name, run.run_group, run.job_type) == ("r-seed0", "r", "sampling")
@@ -164,3 +173,108 @@ def test_wandb_dying_in_mid_run(tmp_path):
     assert errors.count("warning: wandb failed") == 1, errors
     directory = tmp_path / "runs" / "r-seed0"
     assert summary(directory)["steps"] == 18 and len((directory / "metrics.csv").read_text().splitlines()) == 7
+
+
+TINY = [
+    "--device",
+    "cpu",
+    "--dataset",
+    "digits",
+    "--model",
+    "ResNet20",
+    "--batchsize",
+    64,
+    "--name",
+    "r",
+    "--wandb_mode",
+    "offline",
+]
+
+
+def steps_in(path):
+    found = [items(r.history.item) for r in records_in(path) if r.HasField("history")]
+    return [row["steps"] for row in found if "steps" in row]
+
+
+def test_a_run_killed_twice_is_one_wandb_run_with_each_row_once(tmp_path):
+    directory = tmp_path / "runs" / "r"
+    for part in (1, 2):
+        process = child.start([*TINY, "--epochs", 100_000, "--resume", "--checkpoint_every", 0.5], tmp_path)
+        wait_for(tmp_path / "log", f"epoch {40 * part} ", process)
+        process.kill()
+        process.join()
+    epochs = int((directory / "metrics.csv").read_text().splitlines()[-1].split(",")[0]) // 23 + 20
+    torn = min(directory.glob("wandb/offline-run-*/run-*.wandb"))
+    with open(torn, "ab") as file:  # as a kill leaves it in the middle of a record
+        file.write(b"\0\0\0\0\xff\x0f\x01 the rest is missing")
+    status, log = child.run([*TINY, "--epochs", epochs, "--resume"], tmp_path)
+    assert status == 0 and "warning" not in log, log
+    parts = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+    run_id = json.loads((directory / "args.json").read_text())["wandb_id"]
+    assert len(parts) == 3 and {path.name for path in parts} == {f"run-{run_id}.wandb"}
+    assert f"offline-run-*-{run_id}`" in log.splitlines()[-1]
+    for path in parts:
+        (run,) = [r.run for r in records_in(path) if r.HasField("run")]
+        assert run.run_id == run_id and run.resume  # `wandb sync` appends to what it has of such a run
+    assert [step for path in parts for step in steps_in(path)] == [23 * (n + 1) for n in range(epochs)]
+    assert b"the rest is missing" not in parts[0].read_bytes()
+
+
+def test_a_wandb_agent_s_id_is_taken(tmp_path, monkeypatch):
+    done = run_main(*ARGS, "--max_steps", 1, cwd=tmp_path, env=CLEAN | {"WANDB_RUN_ID": "of-the-sweep"})
+    assert done.returncode == 0 and "/offline-run-*-of-the-sweep`" in done.stdout, done
+
+
+HANGING = """if True:
+    import sys
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import arguments, child, conftest, dashboard, main, models, record
+    models._MODELS["ResNet20"] = conftest.Tiny
+    dashboard.FINISH_LIMIT = {limit}
+    finish = record.Record.finish
+    def stopping(*arguments):
+        child.stop_core()
+        finish(*arguments)
+    record.Record.finish = stopping
+    sys.exit(main.run_and_report(arguments.parse({argv!r})))
+"""
+
+
+def hanging(tmp_path, limit):
+    argv = [str(a) for a in [*TINY, "--max_steps", 3]]
+    program = HANGING.format(root=str(ROOT), tests=str(TESTS), limit=limit, argv=argv)
+    with open(tmp_path / "log", "wb") as log:  # not a pipe, which the stopped wandb-core would keep open
+        return subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=log, stderr=log)
+
+
+@pytest.fixture
+def no_core_left(tmp_path):
+    yield
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"wandb-core" in (path / "cmdline").read_bytes() and Path(os.readlink(path / "cwd")) == tmp_path:
+                os.kill(int(path.name), signal.SIGKILL)
+        except OSError:  # it has ended meanwhile, or is somebody else's
+            continue
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_a_wandb_that_hangs_at_the_end_is_left_to_itself(tmp_path, no_core_left):
+    process = hanging(tmp_path, limit=0.5)
+    assert process.wait(120) == 0
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log[-2].startswith("warning: wandb has not ended after 0.5 s") and "`wandb sync " in log[-1], log
+    assert any(line.startswith("finished after 3 steps") for line in log[:-2])
+    assert summary(tmp_path / "runs" / "r")["status"] == "finished"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_one_sigterm_ends_a_run_that_waits_for_wandb(tmp_path, no_core_left):
+    process = hanging(tmp_path, limit=600)
+    while "max_gradient_norm" not in (tmp_path / "log").read_text():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    while process.poll() is None:  # the first may come before the end of the results, and is remembered
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.wait() == -signal.SIGTERM and summary(tmp_path / "runs" / "r")["status"] == "finished"
