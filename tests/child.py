@@ -81,12 +81,16 @@ class Signalling(utils.Signals):
         super().check()
 
 
-def stop_core(pid=None):
-    """SIGSTOP to the wandb-core of a process."""
-    children = Path(f"/proc/{pid or os.getpid()}/task/{pid or os.getpid()}/children").read_text().split()
-    for core in children:
-        if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
-            os.kill(int(core), signal.SIGSTOP)
+def cores(pid):
+    """The wandb-core processes of a process."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(core) for core in children if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes()]
+
+
+def stop_core():
+    """SIGSTOP to the wandb-core of this process."""
+    for core in cores(os.getpid()):
+        os.kill(core, signal.SIGSTOP)
 
 
 def replace_metrics():
