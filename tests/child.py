@@ -13,7 +13,7 @@ from pathlib import Path
 import sklearn.datasets
 import torch
 import torch._dynamo  # an optimizer loads it, which takes a second
-from conftest import Tiny
+from conftest import PATIENCE, Tiny
 
 import arguments
 import main
@@ -57,9 +57,9 @@ def die_after_rename(source, target):
 
 
 def slow_write(content, file):
-    """A checkpoint that takes a minute."""
+    """A checkpoint that takes ten minutes."""
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def lucky(run):
@@ -81,12 +81,16 @@ class Signalling(utils.Signals):
         super().check()
 
 
-def stop_core(pid=None):
-    """SIGSTOP to the wandb-core of a process."""
-    children = Path(f"/proc/{pid or os.getpid()}/task/{pid or os.getpid()}/children").read_text().split()
-    for core in children:
-        if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes():
-            os.kill(int(core), signal.SIGSTOP)
+def cores(pid):
+    """The wandb-core processes of a process."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(core) for core in children if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes()]
+
+
+def stop_core():
+    """SIGSTOP to the wandb-core of this process."""
+    for core in cores(os.getpid()):
+        os.kill(core, signal.SIGSTOP)
 
 
 def replace_metrics():
@@ -189,6 +193,6 @@ def run(argv, directory, sabotage=""):
     log = Path(directory) / "log"
     before = log.stat().st_size if log.exists() else 0
     process = start(argv, directory, sabotage)
-    process.join(120)
-    assert process.exitcode is not None, "still running after 120 s"
+    process.join(PATIENCE)
+    assert process.exitcode is not None, f"still running after {PATIENCE} s"
     return process.exitcode, log.read_bytes()[before:].decode()

@@ -16,6 +16,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", 
 os.environ["WANDB_MODE"] = "disabled"  # tests of wandb say otherwise
 os.environ["OMP_NUM_THREADS"] = "1"  # small networks: threads that wait for each other cost more than they bring
 torch.set_num_threads(1)
+PATIENCE = 600  # seconds after which something hangs; nothing that a test waits for takes as long on any machine
 
 
 def pytest_configure(config):
@@ -57,7 +58,7 @@ class Tiny(nn.Module):
         return self.linear(torch.relu(self.bn(self.conv(x))).flatten(1))
 
 
-def run_main(*argv, cwd, env=None, timeout=120, device="cpu"):
+def run_main(*argv, cwd, env=None, timeout=PATIENCE, device="cpu"):
     """main.py as a real command, without a terminal. env: what to change; None takes a variable away.
 
     device: named on the command line, before `argv`, which may name another; None names none.

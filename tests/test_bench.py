@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Tiny, make_data
+from conftest import PATIENCE, ROOT, Tiny, make_data
 
 import arguments
 import bench
@@ -55,7 +55,9 @@ def measured(tmp_path_factory):
     argv = ["--quick", "--batchsizes", "64", "--seconds", "0.01", "--out", "out.json", "--data-dir", "nowhere"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "command.py", *argv, "--device", "cpu"]
-    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=directory, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done
     assert sorted(os.listdir(directory)) == ["command.py", "out.json"] or "__pycache__" in os.listdir(directory)
     return done, json.loads((directory / "out.json").read_text())
@@ -280,7 +282,7 @@ def test_no_side_outlives_the_command(tmp_path):
         return sum(not state.startswith("Z") for state in listed.split())
 
     def wait_until(reached):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not reached(processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert reached(processes()), processes()
@@ -324,6 +326,6 @@ def test_bad_arguments(argv, parts, tmp_path, monkeypatch):
 
 def test_a_bad_argument_as_a_command(tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), "--rounds", "-1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 import arguments
 import data
@@ -208,8 +208,8 @@ def test_a_stopped_or_killed_script_leaves_no_process_and_goes_on(signum, stand)
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signum)
-    assert process.wait(60) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)
-    deadline = time.monotonic() + 60
+    assert process.wait(PATIENCE) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{waiting.read_text()}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{waiting.read_text()}").exists()

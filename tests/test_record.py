@@ -11,7 +11,7 @@ import sys
 import child
 import numpy as np
 import pytest
-from conftest import ROOT, run_main, summary
+from conftest import PATIENCE, ROOT, run_main, summary
 from test_survival import BASE, DAMAGE, MODES, files, half_done, outcome, reference, wait_for  # noqa: F401 (a fixture)
 
 
@@ -204,7 +204,7 @@ QUICK = "--device cpu --dataset digits --model ResNet20 --batchsize 1437 --max_s
 def test_closed_streams(closed, tmp_path):
     """The next file opened must not get their numbers, and what is printed there."""
     command = f"{sys.executable} {ROOT / 'main.py'} {QUICK}"
-    done = subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=tmp_path, timeout=120, check=False)
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=tmp_path, timeout=PATIENCE, check=False)
     assert done.returncode == 0 and summary(tmp_path / "runs" / "q")["status"] == "finished"
     assert (tmp_path / "runs" / "q" / ".lock").read_bytes() == b""
 

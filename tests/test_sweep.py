@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import arguments
 
@@ -41,6 +42,7 @@ def say(*words):
         file.write(" ".join(map(str, (args.name, *words))) + "\\n")
 
 def refuse(error):
+    say("refused")
     print("error:", error, file=sys.stderr)
     sys.exit(2)
 
@@ -65,23 +67,35 @@ if summary.exists():
 sys.stdin.read()  # a question would find nobody to answer it: it must not wait
 say("start", os.environ.get("CUDA_VISIBLE_DEVICES"), time.time(), os.getpid())
 acts = json.loads(os.environ["ACTS"])
-act = next((acts[part] for part in acts if part in args.name), 0.1)
+act = next((acts[part] for part in acts if part in args.name), "")
 if act == "crash":
     raise RuntimeError("boom")
 if act == "nothing":
     sys.exit(0)
 if act == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
-end = time.monotonic() + (act if isinstance(act, float) else 20 if act == "deaf" else 0.1)
-while time.monotonic() < end:
+def over():  # what a run waits for: a moment, an event in the whole sweep, or only a signal
+    if act in ("wait", "deaf"):
+        return False
+    event, _, count = str(act).partition(" ")
+    return not count or sum(line.split()[1] == event for line in open(os.environ["EVENTS"])) >= int(count)
+
+time.sleep(0.1)
+told = False
+while not over():
     time.sleep(0.02)
     if signals and act != "deaf":
         time.sleep(0.7)  # the checkpoint; long enough for a second signal to be noticed
         say("signals", *signals)
         sys.exit(128 + signals[0])
+    if signals and not told:
+        say("signals", *signals)
+        told = True
 status = act if act in EXIT_STATUS else "finished"
 say("end", time.time())
-summary.write_text(json.dumps({{"status": status, "steps": planned_steps(args), "args": vars(args)}}, default=str))
+results = {{"at_first_check": ["2.0", "1.5"] if act == "early" else []}}
+content = {{"status": status, "steps": planned_steps(args), "args": vars(args), "results": results}}
+summary.write_text(json.dumps(content, default=str, indent=1))
 sys.exit(EXIT_STATUS[status])
 """
 
@@ -97,7 +111,7 @@ class Sweeps:
 
     def run(self, *words, **options) -> subprocess.CompletedProcess:
         process = self.start(*words, **options)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def start(self, *words, command=(str(SWEEP),), **options) -> subprocess.Popen:
@@ -132,7 +146,7 @@ def sweeps(tmp_path):
             time.sleep(1)
 
 
-def wait_until(condition, what: str, seconds: float = 30):
+def wait_until(condition, what: str, seconds: float = PATIENCE):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
@@ -146,9 +160,9 @@ def table(output: str) -> dict[str, tuple[str, str]]:
     return {name: (outcome, status) for outcome, status, name in found}
 
 
-def name(optimizer: str, b: int, seed: int = 0, mode: str = "normal") -> str:
+def name(optimizer: str, b: int, seed: int = 0, mode: str = "normal", more: str = "") -> str:
     beta = "" if optimizer == "sgd" else "-beta0.9"
-    return f"{mode}-digits-ResNet20-{optimizer}-b{b}-lr0.1{beta}-seed{seed}"
+    return f"{mode}-digits-ResNet20-{optimizer}-b{b}-lr0.1{beta}{more}-seed{seed}"
 
 
 DIGITS_FLAGS = ("--dataset", "digits", "--model", "ResNet20", "--device", "cpu")
@@ -183,7 +197,7 @@ def test_the_plan_tells_new_half_done_ended_and_refused_runs_apart(sweeps):
         run.mkdir(parents=True)
         if status:
             args = arguments.parse([*DIGITS_FLAGS, "--optimizer", "sgd", "--batchsize", str(b), "--resume"])
-            content = {"status": status, "steps": 10**18, "args": vars(args)}
+            content = {"status": status, "steps": arguments.planned_steps(args), "args": vars(args)}
             (run / "summary.json").write_text(json.dumps(content, default=str))
     before = sweeps.files()
     sizes = "8 16 32 64 128 2048"
@@ -198,10 +212,20 @@ def test_the_plan_tells_new_half_done_ended_and_refused_runs_apart(sweeps):
 def test_an_ended_run_is_skipped_only_if_the_command_asks_for_nothing_more(sweeps):
     one = ("--dataset", "digits", "--optimizers", "sgd", "--seeds", 0, "--batchsizes", 8)
     assert sweeps.run("normal", *one, "--epochs", 1).returncode == 0
-    assert sweeps.run("normal", *one, "--epochs", 2, "--dry_run").stdout.startswith("unfinished")
+    assert sweeps.run("normal", *one, "--epochs", 1, "--dry_run").stdout.startswith("finished")
+    assert sweeps.run("normal", *one, "--epochs", 2, "--dry_run").stdout.startswith("new")
     assert sweeps.run("critical", *one).returncode == 0
-    done = sweeps.run("critical", *one, "--eps", 0.5, 0.25, "--dry_run")
-    assert (done.returncode, "--eps" in done.stderr) == (2, True)
+    assert sweeps.run("critical", *one, "--eps", 0.5, "--dry_run").stdout.startswith("finished")
+    assert sweeps.run("critical", *one, "--eps", 0.5, 0.25, "--dry_run").stdout.startswith("unfinished")
+
+
+def test_an_upper_bound_is_marked_in_the_table(sweeps):
+    sweeps.acts = {"b8-": "early"}
+    words = ("critical", *DIGITS_FLAGS, "--optimizers", "sgd", "--seeds", 0, "--batchsizes", "8 16")
+    for done in (sweeps.run(*words), sweeps.run(*words)):  # at its end, and when it is skipped later
+        rows = done.stdout.split("outcome ")[1].splitlines()
+        assert rows[1].endswith("-b8-lr0.1-seed0: an upper bound, as reached at the first check: eps 2.0 1.5")
+        assert rows[2].endswith("-b16-lr0.1-seed0")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +298,7 @@ def test_only_gpus_of_this_machine_are_taken(sweeps, tmp_path):
 
 def test_every_run_once_spread_over_the_gpus_with_the_other_flags_as_given(sweeps, tmp_path):
     nvidia_smi(sweeps, tmp_path, range(8))
-    sweeps.acts = {"": 1.0}
+    sweeps.acts = {"": "start 4"}  # so that the first four must all be at work before one ends
     words = ("--lr=0.5", "--max-steps", 7, "--runs_dir", "my runs")
     done = sweeps.run(*DIGITS, *words, "--seeds", "0,1", "--batchsizes", "8 16", "--gpus", "4 7", "--jobs_per_gpu", 2)
     assert (done.returncode, done.stderr) == (0, "")
@@ -348,11 +372,11 @@ def in_terminal(sweeps, *words, **options) -> tuple[subprocess.Popen, int]:
 
 
 def test_ctrl_c_lets_each_run_write_its_checkpoint_and_the_same_command_goes_on(sweeps):
-    sweeps.acts = {"b16-": 20.0}
+    sweeps.acts = {"b16-": "wait"}
     process, keyboard = in_terminal(sweeps, *TWO)
     wait_until(lambda: len(sweeps.events("start")) == 4, "the third and fourth run")
     os.write(keyboard, b"\x03")
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=PATIENCE)
     os.close(keyboard)
     assert process.returncode == 130
     # One signal each, and from the sweep: a second one would have ended the run without a checkpoint.
@@ -370,22 +394,22 @@ def test_ctrl_c_lets_each_run_write_its_checkpoint_and_the_same_command_goes_on(
 
 
 def test_ctrl_c_reaches_the_runs_though_it_also_ends_the_tee_that_the_sweep_writes_to(sweeps):
-    sweeps.acts = {"": 20.0}
+    sweeps.acts = {"": "wait"}
     process, keyboard = in_terminal(sweeps, *TWO, command=("bash", "-c", '"$0" "$@" | tee out', str(SWEEP)))
     wait_until(lambda: len(sweeps.events("start")) == 2, "two runs")
     os.write(keyboard, b"\x03")
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE)
     os.close(keyboard)
     assert sorted(sweeps.events("signals")) == [[name("sgd", 8, seed), "15"] for seed in (0, 1)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_sweep_starts_nothing_new(sweeps, signum):
-    sweeps.acts = {"": 20.0}
+    sweeps.acts = {"": "wait"}
     process = sweeps.start(*TWO, "--jobs_per_gpu", 2)
     wait_until(lambda: len(sweeps.events("start")) == 2, "two runs")
     process.send_signal(signum)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert [outcome for outcome, _ in table(out).values()] == ["stopped", "stopped", "new", "new"]
     assert len(sweeps.events("start")) == 2
@@ -396,14 +420,14 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(sweeps):
     process, keyboard = in_terminal(sweeps, *TWO)
     wait_until(lambda: len(sweeps.events("start")) == 2, "two runs")
     os.write(keyboard, b"\x03")
-    time.sleep(1.5)
+    wait_until(lambda: len(sweeps.events("signals")) == 2, "the first signal")
     assert process.poll() is None
     os.write(keyboard, b"\x03")
-    out, _ = process.communicate(timeout=3)
+    out, _ = process.communicate(timeout=PATIENCE)
     os.close(keyboard)
     assert process.returncode == 130 and "killed" in out
     for *_, pid in sweeps.events("start"):
-        wait_until(lambda pid=pid: not running(int(pid)), "the runs' end", 3)
+        wait_until(lambda pid=pid: not running(int(pid)), "the runs' end")
 
 
 def running(pid: int) -> bool:
@@ -412,9 +436,9 @@ def running(pid: int) -> bool:
 
 
 def test_two_sweeps_at_once_share_the_work_and_do_nothing_twice(sweeps):
-    sweeps.acts = {"": 2.0}
+    sweeps.acts = {"": "refused 1"}
     both = [sweeps.start(*TWO, "--jobs_per_gpu", 2) for _ in range(2)]
-    outs = [process.communicate(timeout=60)[0] for process in both]
+    outs = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert len(sweeps.events("start")) == len(sweeps.events("end")) == 4
     assert any("belongs to another, running process" in out for out in outs)
     outcomes = [outcome for out in outs for outcome, _ in table(out).values()]
@@ -442,7 +466,7 @@ def summary(sweeps, run: str) -> dict:
 def test_a_real_sweep_with_refused_runs_among_good_ones(real_sweeps):
     words = (*DIGITS, "--optimizers", "sgd shb", "--seeds", 0, "--jobs_per_gpu", 2, "--max_steps", 2)
     done = real_sweeps.run(*words, "--batchsizes", "64 2048")
-    good = {name("sgd", 64): ("finished", "0"), name("shb", 64): ("finished", "0")}
+    good = {name(optimizer, 64, more="-max_steps2"): ("finished", "0") for optimizer in ("sgd", "shb")}
     refused = {f"normal {optimizer} b=2048 seed=0": ("refused", "-") for optimizer in ("sgd", "shb")}
     assert (done.returncode, done.stderr, table(done.stdout)) == (1, "", good | refused)
     for run in good:
@@ -455,7 +479,7 @@ def test_a_real_sweep_with_refused_runs_among_good_ones(real_sweeps):
 
 def test_a_real_run_that_diverges_is_told_and_not_repeated(real_sweeps):
     words = (*DIGITS, "--optimizers", "sgd", "--seeds", 0, "--batchsizes", 64, "--max_steps", 4, "--lr", "1e30")
-    run = name("sgd", 64).replace("lr0.1", "lr1e+30")
+    run = name("sgd", 64, more="-max_steps4").replace("lr0.1", "lr1e+30")
     done = real_sweeps.run(*words)
     assert (done.returncode, table(done.stdout)) == (1, {run: ("diverged", "3")})
     done = real_sweeps.run(*words)
@@ -465,18 +489,19 @@ def test_a_real_run_that_diverges_is_told_and_not_repeated(real_sweeps):
 def test_a_real_sweep_survives_a_killed_run_and_ctrl_c(real_sweeps):
     words = (*DIGITS, "--optimizers", "sgd shb", "--seeds", 0, "--batchsizes", 16, "--jobs_per_gpu", 2)
     words = (*words, "--max_steps", 100, "--checkpoint_every", 0.3)
-    directories = [real_sweeps.directory / "runs" / name(optimizer, 16) for optimizer in ("sgd", "shb")]
+    names = [name(optimizer, 16, more="-max_steps100") for optimizer in ("sgd", "shb")]
+    directories = [real_sweeps.directory / "runs" / run for run in names]
 
     process = real_sweeps.start(*words)
-    wait_until(lambda: all((run / "checkpoint.pt").exists() for run in directories), "both checkpoints", 60)
+    wait_until(lambda: all((run / "checkpoint.pt").exists() for run in directories), "both checkpoints")
     listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
     children = [line.split(maxsplit=2) for line in listing.splitlines()]
     (sgd,) = [int(pid) for pid, parent, args in children if int(parent) == process.pid and " sgd " in args]
     os.kill(sgd, signal.SIGKILL)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert table(out) == {name("sgd", 16): ("failed", "137"), name("shb", 16): ("stopped", "143")}
+    assert table(out) == dict(zip(names, [("failed", "137"), ("stopped", "143")], strict=True))
 
     done = real_sweeps.run(*words)
     assert (done.returncode, set(table(done.stdout).values())) == (0, {("finished", "0")})
@@ -525,7 +550,7 @@ def test_in_a_slurm_task_the_signal_reaches_python_itself(tmp_path):
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "PYTHON": str(python)}
     words = [str(ROOT / "scripts" / "sweep_slurm.sh"), "normal"]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
-    assert int(process.communicate(timeout=10)[0]) == process.pid
+    assert int(process.communicate(timeout=PATIENCE)[0]) == process.pid
     assert "\n#SBATCH --signal=B:TERM@" in (ROOT / "scripts" / "sweep_slurm.sh").read_text()
 
 
