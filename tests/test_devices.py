@@ -41,7 +41,7 @@ def test_a_plain_command_takes_the_best_there_is(tmp_path):
     assert done.returncode == 0, done
     content = json.loads((tmp_path / "runs" / "r" / "args.json").read_text())
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    assert content["args"]["device"] == "auto" and content["environment"]["device"] == (gpu or "cpu")
+    assert content["args"]["device"] == "auto" and content["environments"][0]["device"] == (gpu or "cpu")
 
 
 def test_a_test_that_lets_auto_decide_fails_in_this_process(tmp_path):

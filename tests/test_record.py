@@ -156,6 +156,22 @@ def test_a_copy_is_another_run_of_its_own(reference, tmp_path):  # noqa: F811
     assert about(directory)["wandb_id"] != about(directory.with_name("copy"))["wandb_id"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_wandb_does_not_bury_the_error_of_a_full_disk(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        (tmp_path / "fill").write_bytes(bytes(570 << 10))
+        done = child.run([*BASE, "--wandb_mode", "offline", "--checkpoint_every", 0, "--epochs", 100], tmp_path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    status, log = done
+    assert status == 1 and "No space left on device" in log, log
+    lines = [line for line in log.splitlines() if not line.startswith("step ")]
+    assert lines[-1].startswith("error: ") and len(lines) < 6 and "Traceback" not in log, log
+
+
 NESTED = "[" * 200_000
 
 
