@@ -22,7 +22,7 @@ from matplotlib import ticker
 from scipy import stats
 
 import theory
-from arguments import MODELS, TRAINING_IMAGES, number
+from arguments import MODELS, TRAINING_IMAGES, number, usable_streams
 
 # Section 3 of the paper: CIFAR100, lr 0.1, β 0.9. C² is at ε 0.5; b* per ε; accuracy in percent per b.
 PUBLISHED = {
@@ -653,7 +653,10 @@ def draw_accuracy_delta(points, coefficients):
 
 def load_omega(run):
     """Return `pooled_spread` of a sampling run's omega.npy. ValueError, OSError or OverflowError if it is unsound."""
-    omega = np.lib.format.open_memmap(run["folder"] / "omega.npy", mode="r")  # never unpickles
+    path = run["folder"] / "omega.npy"
+    if not path.is_file():  # a pipe, for instance, would be waited for
+        raise ValueError("omega.npy is no regular file, or missing")
+    omega = np.lib.format.open_memmap(path, mode="r")  # never unpickles
     if omega.dtype != np.float32 or omega.shape != (run["results"]["omega_entries"],):
         raise ValueError(f"omega.npy is {omega.dtype} {omega.shape}, not float32 (omega_entries,)")
     return pooled_spread(omega)
@@ -957,6 +960,7 @@ def draw(group, out):
 
 def main():
     """Read RUNS_DIR, write DIR. Exit status 2, and nothing written, for a bad argument or no usable run."""
+    usable_streams()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line, as main.py
     parser.add_argument("runs_dir", metavar="RUNS_DIR", type=Path, help="run records, at any depth below it")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from scipy import stats
 
 import figures
@@ -553,6 +554,17 @@ def test_steps_to_eps_of_the_wrong_kind_leave_the_run_out(tmp_path, to_eps):
     folder = critical(tmp_path, "shb", 8, 0, to_eps, steps=100)
     runs, left_out = figures.read_runs(tmp_path)
     assert runs == [] and folder.name in left_out
+
+
+def test_a_pipe_named_omega_is_not_waited_for_and_a_plain_terminal_gets_its_report(tmp_path):
+    folder = sampling(tmp_path / "runs", "sgd", 8, 0, 1.0, np.zeros(3))
+    (folder / "omega.npy").unlink()
+    os.mkfifo(folder / "omega.npy")
+    words = [sys.executable, ROOT / "figures.py", tmp_path / "runs", "--out", tmp_path / "out"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "") and "omega.npy is no regular file" in done.stdout
+    assert (tmp_path / "out" / "report.md").is_file()
 
 
 def test_a_pickle_is_never_loaded(tmp_path):
