@@ -34,6 +34,7 @@ PUBLISHED = {
     ("WideResNet-28-10", "nshb"): {"c_squared": 1.0, "k": 4.262},
 }
 # What a run that did not diverge must have measured, and the arguments in which runs of one curve must agree.
+PARTS = ("noise_norm", "gradient_noise_norm", "direction_norm", "full_gradient_norm", "cosine")
 OMEGA = ("omega_mean", "omega_std", "omega_skewness", "omega_excess_kurtosis", "omega_entries")
 NEEDED = {
     "normal": ("accuracy", "best_accuracy", "training_loss", "max_gradient_norm"),
@@ -118,7 +119,7 @@ def read_run(folder):
     if mode == "critical":
         read_steps(run, args, results)
     needed = () if run["diverged"] else NEEDED[mode]
-    optional = [key for key in ("max_gradient_norm", "full_gradient_norm") if results.get(key) is not None]
+    optional = [key for key in ("max_gradient_norm", *PARTS) if results.get(key) is not None]
     for key in (*needed, *optional):
         take(results, key, (0 if key.endswith("norm") else -1e300, 1e300))
     return run
@@ -913,7 +914,7 @@ def draw(group, out):
     coefficients = correlations(points)
     omega = [
         {"name": r["name"], "optimizer": r["optimizer"], "batch_size": r["batchsize"], "seed": r["seed"]}
-        | {key: r["results"][key] for key in OMEGA}
+        | {key: r["results"].get(key) for key in (*PARTS, *OMEGA)}
         for r in runs
         if r["mode"] == "sampling" and not r["diverged"]
     ]

@@ -231,6 +231,10 @@ def test_correlations_are_those_of_the_points(sweep):
 def test_omega_of_a_damaged_file_gives_way_to_the_next_seed(sweep):
     rows = {r["name"]: r for r in table(sweep[1], "omega")}
     assert len(rows) == 12
+    part = rows["sampling-shb-b256-seed1"]  # the parts of ω beside its moments, as the record has them
+    parts = ("noise_norm", "full_gradient_norm", "gradient_noise_norm", "cosine", "omega_std")
+    delta = 10 * (1.7 / 2 + 0.01)
+    assert [part[key] for key in parts[1:]] == ["1.77", "", "", "1.0"] and float(part["noise_norm"]) == delta
     drawn = {name for name, r in rows.items() if r["beyond_6_std"]}
     assert drawn == {"sampling-sgd-b256-seed1", "sampling-shb-b256-seed0"}
     bars = [r for r in table(sweep[1], "omega_histogram") if r["name"] == "sampling-shb-b256-seed0"]
