@@ -171,10 +171,9 @@ def ask_history(run, every_eps):
     if not every_eps:
         return
     sums = np.cumsum(history(run), dtype=np.float64)
-    means = (sums / np.arange(1, len(sums) + 1))[run["first_check"] - 1 :]
+    means = sums / np.arange(1, len(sums) + 1)
     for eps in every_eps:
-        below = np.flatnonzero(means <= eps)
-        run["to_eps"][eps] = run["first_check"] + int(below[0]) if below.size else None
+        run["to_eps"][eps] = theory.first_crossing(means, 1, eps, run["first_check"])
         run["checked"][eps] = run["steps"]
 
 

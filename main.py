@@ -33,6 +33,7 @@ import torch.nn.functional as F
 import data as datasets
 from noise import measure, unchanged
 from record import Record
+from theory import first_crossing
 from training import Training
 from utils import Signals, Stopped, out_of_memory, pick_device, set_up
 
@@ -103,16 +104,6 @@ def reached_before(run: Training, first_check: int) -> dict[str, int | None]:
         means = np.cumsum(norms, dtype=np.float64) / np.arange(1, len(norms) + 1)
         known = known | {repr(eps): first_crossing(means, 1, eps, first_check) for eps in new}
     return {repr(eps): known[repr(eps)] for eps in run.args.eps}
-
-
-def first_crossing(means: np.ndarray, first: int, eps: float, first_check: int) -> int | None:
-    """The first step, not before `first_check`, at which the running mean is ≤ ε; None if there is none.
-
-    means: of consecutive steps, beginning with step number `first`.
-    """
-    start = max(0, first_check - first)
-    below = np.flatnonzero(means[start:] <= eps)
-    return first + start + int(below[0]) if below.size else None
 
 
 def sampling(run: Training) -> dict:

@@ -1,4 +1,4 @@
-"""The paper's formulas: degree of smoothing, critical batch size, and C² from a measured critical batch size.
+"""The paper's formulas: degree of smoothing, critical batch size, C² from a measured one, and the rule to stop by.
 
 Symbols, the same everywhere below (sources: section 3 of the paper, arXiv 2402.02325v3, unless said):
   lr      η, learning rate, > 0                        batch_size  b, samples in a step, > 0
@@ -85,3 +85,13 @@ def c_squared_from_b(optimizer, lr, batch_size, eps, beta=0.0):
     """
     _check(lr=lr, batch_size=batch_size, eps=eps)
     return batch_size * np.square(eps) / (lr * _bound_factor(optimizer, beta))
+
+
+def first_crossing(means, first, eps, first_check):
+    """Return the first step, not before `first_check`, at which the running mean of ‖g_t‖ is <= ε [paper, section 2].
+
+    means: of consecutive steps, beginning with step number `first`, an array. None if there is no such step.
+    """
+    start = max(0, first_check - first)
+    below = np.flatnonzero(means[start:] <= eps)
+    return first + start + int(below[0]) if below.size else None
