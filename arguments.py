@@ -22,7 +22,7 @@ ADMINISTRATION = {
     *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every", "print_name"),
     *("wandb_entity", "wandb_project", "wandb_mode", "save_memory"),
 }
-# What a run can still be given more of when it is resumed; main.py sees to it that it is not less.
+# What a run can still be given more of when it is resumed; of the caps, `lower_cap` refuses less.
 EXTENSIBLE = {"epochs", "max_steps", "eps"}
 ONE_MODE_ONLY = {
     "epochs": "normal",

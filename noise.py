@@ -84,13 +84,12 @@ def measure(
     section 3, and with several parameter groups the norm of all lr_p ω_p; cosine: of the angle between d_t and ∇f)
     and ω itself, flat, in the model's order, float32, on the CPU.
     """
-    owned = [p for group in optimizer.param_groups for p in group["params"]]
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     params = [p for p in model.parameters() if p.requires_grad and p in rates]
     with unchanged(model, training=True):
         found = dict(zip(params, gradient(model, *batch, params), strict=True))
     params = [p for p in params if found[p] is not None]
-    directions = dict(zip(owned, direction(optimizer, owned, found), strict=True))
+    directions = dict(zip(rates, direction(optimizer, found), strict=True))
     chunks = data.full_pass(step, full_grad_batchsize)
     full = _flat(full_gradient(model, chunks, data.size, between, params))
     d, g = _flat([directions[p] for p in params]), _flat([found[p] for p in params])
@@ -110,8 +109,9 @@ def measure(
     return numbers | {f"omega_{k}": v for k, v in statistics(omega.numpy()).items()}, omega
 
 
-def direction(optimizer: SGD, owned: list[Tensor], gradients: dict[Tensor, Tensor | None]) -> list[Tensor]:
-    """d_t as it would be with these gradients, one tensor for each of `owned`, all the optimizer's parameters."""
+def direction(optimizer: SGD, gradients: dict[Tensor, Tensor | None]) -> list[Tensor]:
+    """d_t as it would be with these gradients, one tensor for each of the optimizer's parameters, group by group."""
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
     held = [p.grad for p in owned]
     try:
         for p in owned:

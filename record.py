@@ -32,10 +32,11 @@ from arguments import (
     warn,
 )
 from dashboard import Dashboard
-from utils import environment, out_of_memory, replacing, to_json
+from utils import environment, out_of_memory, replacing, to_json, write_json
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 CHECKPOINT_FORMAT = 2  # 1 was written after the last window had been counted
+CHECKPOINT_KEYS = {"format", "args", "step", "rows", "seconds", "norms_recorded", "norms_checksum", "data_checksum"}
 NORMS = "gradient_norms.f32"
 
 
@@ -203,8 +204,7 @@ class Record:
             raise OSError(f"something else changed {omega}; the same command with --resume measures ω again")
         summary = {"status": status, "mode": self.args.mode, "steps": steps, "epochs": epochs}
         summary |= {"seconds": self.elapsed(), "args": vars(self.args), "results": results}
-        with replacing(self.directory / "summary.json") as file:
-            file.write(to_json(summary))
+        write_json(self.directory / "summary.json", summary)
         self.bar.close()
         print_results(f"{status} after {steps} steps: {self.directory}", plain(results))
         totals = {k: v for k, v in plain(results).items() if not isinstance(v, dict)}
@@ -269,7 +269,7 @@ class Record:
                 damaged[path] = f"{path} is damaged ({type(error).__name__}: {error})"
                 continue
             self._refuse_others(content)
-            if self.history.cut(content["norms_recorded"], content.get("norms_checksum")):
+            if self.history.cut(content["norms_recorded"], content["norms_checksum"]):
                 for other, reason in damaged.items():
                     warn(f"{reason}; going on from {path.name}")
                     other.unlink()
@@ -286,7 +286,7 @@ class Record:
                 f"argument --resume: no good checkpoint in {self.directory}: {reasons}; "
                 "delete the directory to start again, or give another --name"
             )
-        self.history.cut(0, None)
+        self.history.cut(0, 0)
         return None
 
     def _refuse_others(self, content: dict) -> None:
@@ -294,8 +294,8 @@ class Record:
             refuse("was checkpointed by another version of this code; go on with that one", self.args)
         refuse(differences(content["args"], self.args), self.args)
         refuse(lower_cap(content["step"], self.args), self.args)
-        before = content.get("data_checksum")
-        if before not in (None, self.data_checksum):
+        before = content["data_checksum"]
+        if before != self.data_checksum:
             refuse(
                 f"was begun with other data than lies in --data_dir {self.args.data_dir} now (checksum {before}, "
                 f"now {self.data_checksum}); give the same",
@@ -346,14 +346,14 @@ class History:
         size = self.path.stat().st_size if self.path.is_file() else 0
         return size == 4 * self.count and checksum(self.path, size) == self.checksum
 
-    def cut(self, count: int, expected: int | None) -> bool:
+    def cut(self, count: int, expected: int) -> bool:
         """Take the file for the first `count` norms, if they have the `expected` checksum, and cut off the rest.
 
-        False, and nothing is changed, if it does not hold them. expected: None where it is not known.
+        False, and nothing is changed, if it does not hold them.
         """
         size = self.path.stat().st_size if self.path.is_file() else 0
         found = checksum(self.path, 4 * count) if size >= 4 * count else None
-        if found is None or expected not in (None, found):
+        if found != expected:
             return False
         if size > 4 * count:
             os.truncate(self.path, 4 * count)
@@ -418,7 +418,9 @@ def _read_checkpoint(path: Path) -> dict:
     if damaged:
         raise ValueError(f"checksum of {damaged}")
     content = torch.load(path, map_location="cpu", weights_only=True)
-    missing = {"format", "args", "step", "rows", "seconds", "norms_recorded"} - set(content)
+    missing = {"format", "args", "step", "rows", "seconds", "norms_recorded", "norms_checksum", "data_checksum"} - set(
+        content
+    )
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return content
