@@ -9,7 +9,8 @@ from scipy import stats
 from torch import nn
 
 import models
-import noise
+from measure import noise
+from measure.gradients import full_gradient
 from shb import OPTIMIZERS
 
 
@@ -34,7 +35,7 @@ def slow_full_gradient(model, data, step):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_full_gradient_weighs_every_image_the_same(n, chunk, seed):
     data, model = make_data(n, seed=seed), plain_net(seed)
-    ours = noise.full_gradient(model, data.full_pass(7, chunk), n)
+    ours = full_gradient(model, data.full_pass(7, chunk), n)
     for a, b in zip(ours, slow_full_gradient(model, data, 7), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
 
@@ -42,7 +43,7 @@ def test_full_gradient_weighs_every_image_the_same(n, chunk, seed):
 def test_a_short_pass_is_refused():
     data = make_data(60)
     with pytest.raises(ValueError, match="hold 60 images, not 61"):
-        noise.full_gradient(plain_net(0), data.full_pass(0, 20), 61)
+        full_gradient(plain_net(0), data.full_pass(0, 20), 61)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -64,7 +65,7 @@ def test_omega_is_the_direction_minus_the_full_gradient_at_the_same_point(name, 
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    numbers, omega = noise.measure(model, optimizer, (x, y), data, 3, 17)
+    numbers, omega = noise.measure(model, optimizer, (x, y), data.full_pass(3, 17), data.size)
     full = slow_full_gradient(model, data, 3)
     flat = lambda tensors: np.concatenate([t.detach().numpy().ravel() for t in tensors])  # noqa: E731
     d, g, full = flat(d), flat(g), flat(full)
@@ -116,7 +117,7 @@ def test_parameter_groups_are_matched_by_parameter(name, turned):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     x, y = next(data.epoch(3, 8))
-    numbers, omega = noise.measure(model, optimizer, (x, y), data, 3, 17)
+    numbers, omega = noise.measure(model, optimizer, (x, y), data.full_pass(3, 17), data.size)
     twin = copy.deepcopy(model).double()
     full = [torch.zeros_like(p, dtype=torch.float64) for p in trained]
     for images, labels in data.full_pass(3, 60):
@@ -177,9 +178,9 @@ def test_measuring_changes_nothing(fails, held, training):
 
     if fails:
         with pytest.raises(KeyError):
-            noise.measure(model, optimizer, (x, y), data, 0, 17, between)
+            noise.measure(model, optimizer, (x, y), data.full_pass(0, 17), data.size, between)
     else:
-        noise.measure(model, optimizer, (x, y), data, 0, 17, between)
+        noise.measure(model, optimizer, (x, y), data.full_pass(0, 17), data.size, between)
     assert len(calls) == (3 if fails else 4) and same(before, snapshot(model, optimizer))
 
 
@@ -188,9 +189,9 @@ def test_batchnorm_s_statistics_are_a_batch_s_own_and_stay_out_of_it():
     data = make_data(60)
     torch.manual_seed(0)
     model = Tiny(10)
-    a = noise.full_gradient(model, data.full_pass(0, 20), 60)
+    a = full_gradient(model, data.full_pass(0, 20), 60)
     model.bn.running_mean.fill_(1e3)
-    b = noise.full_gradient(model, data.full_pass(0, 20), 60)
+    b = full_gradient(model, data.full_pass(0, 20), 60)
     assert all(map(torch.equal, a, b)) and (model.bn.running_mean == 1e3).all()
 
 
@@ -204,14 +205,14 @@ def test_on_digits_in_one_chunk_sgd_has_no_noise_and_shb_has_its_momentum_alone(
     model = models.build("ResNet20", 10)
     sgd = OPTIMIZERS["sgd"](model.parameters(), 0.1)
     batch = next(data.epoch(0, 1437))
-    numbers, _ = noise.measure(model, sgd, batch, data, 0, 1437)
+    numbers, _ = noise.measure(model, sgd, batch, data.full_pass(0, 1437), data.size)
     assert numbers["noise_norm"] < 1e-3 * numbers["full_gradient_norm"] and numbers["cosine"] > 1 - 1e-6
     shb = OPTIMIZERS["shb"](model.parameters(), 0.1, momentum=0.9)
     model.zero_grad()
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     shb.step()
     momentum = torch.cat([0.9 * shb.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
-    numbers, omega = noise.measure(model, shb, next(data.epoch(1, 1437)), data, 1, 1437)
+    numbers, omega = noise.measure(model, shb, next(data.epoch(1, 1437)), data.full_pass(1, 1437), data.size)
     assert (omega - momentum).norm() < 1e-3 * momentum.norm()
 
 
