@@ -11,7 +11,9 @@ from torch import nn
 import models
 from measure import noise
 from measure.gradients import full_gradient
-from shb import OPTIMIZERS
+from shb import NSHB, SGD, SHB
+
+OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB}
 
 
 def plain_net(seed, classes=10):
