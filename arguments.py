@@ -14,13 +14,12 @@ from models import NETWORKS
 
 ENDLESS = 2**62  # more steps than a run can make
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
+FULL_GRAD_BATCHSIZE = 1000
 WANDB_MODES = ("online", "offline", "disabled")
 
 # The optimizers of shb.py, each the class of that name in capitals, and the arguments of its class that have a flag.
 # They are listed here because torch takes seconds to load.
 OPTIMIZERS = {"sgd": {}, "shb": {"momentum": "beta1"}, "nshb": {"momentum": "beta1"}}
-
-OPTIMIZER_FLAGS = {flag for flags in OPTIMIZERS.values() for flag in flags.values()}
 
 # What has no say in the result: where and how a run is made, and what is logged.
 ADMINISTRATION = {
@@ -138,9 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--full_grad_batchsize",
         type=count,
-        default=1000,
         metavar="B",
-        help="sampling: chunk of the full gradient, in images",
+        help=f"sampling: chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)",
     )
     add("--max_steps", type=count, metavar="N", help="ends any mode after so many updates")
     add("--seed", type=seed, default=0, help="of weights, shuffling, augmentation, measuring")
@@ -186,6 +184,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ]
     args = build_parser().parse_args(normalized)
     images = DATASETS[args.dataset].train_images
+    if args.full_grad_batchsize is None:
+        args.full_grad_batchsize = min(FULL_GRAD_BATCHSIZE, images)
     for flag in ("batchsize", "full_grad_batchsize"):
         if getattr(args, flag) > images and (flag == "batchsize" or args.mode == "sampling"):
             raise UserError(
@@ -217,6 +217,7 @@ def _default_name(args: argparse.Namespace) -> str:
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
     parser = build_parser()
+    parser.set_defaults(full_grad_batchsize=min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images))
     for key, value in relevant.items():
         if key not in (*usual, *added_later) and value != parser.get_default(key):
             parts.append(key if value is True else f"{key}{value}")
@@ -231,7 +232,8 @@ def _short(value: float) -> str:
 def result_arguments(args: argparse.Namespace) -> dict:
     """The arguments that have a say in what the run `args` computes: none of other modes, no β for SGD."""
     left_out = {key for key, mode in ONE_MODE_ONLY.items() if mode != args.mode} | ADMINISTRATION
-    left_out |= OPTIMIZER_FLAGS - set(OPTIMIZERS[args.optimizer].values())
+    for flags in OPTIMIZERS.values():
+        left_out |= set(flags.values()) - set(OPTIMIZERS[args.optimizer].values())
     return {key: value for key, value in vars(args).items() if key not in left_out}
 
 

@@ -136,9 +136,9 @@ def lose_omega(*arguments, **named):
 _save_omega = record.Record.save_omega
 
 
-def _run(argv, directory, sabotage):
+def _run(argv, directory, sabotage, log_path):
     os.chdir(directory)
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
@@ -184,19 +184,19 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__])
 
 
-def start(argv, directory, sabotage=""):
+def start(argv, directory, sabotage="", log="log"):
     """A process running main.py with `argv` in `directory`, its output appended to the file `log` there."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_run, args=([str(a) for a in argv], str(directory), sabotage))
+    process = context.Process(target=_run, args=([str(a) for a in argv], str(directory), sabotage, str(log)))
     process.start()
     return process
 
 
-def run(argv, directory, sabotage=""):
+def run(argv, directory, sabotage="", log="log"):
     """`start` to the end; the exit status (negative: the signal) and what it printed."""
-    log = Path(directory) / "log"
+    log = Path(directory) / log
     before = log.stat().st_size if log.exists() else 0
-    process = start(argv, directory, sabotage)
+    process = start(argv, directory, sabotage, log)
     process.join(PATIENCE)
     assert process.exitcode is not None, f"still running after {PATIENCE} s"
     return process.exitcode, log.read_bytes()[before:].decode()

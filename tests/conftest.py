@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = str(ROOT / "tests")
 os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 os.environ["WANDB_MODE"] = "disabled"  # tests of wandb say otherwise
+os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # no test downloads anything
 os.environ["OMP_NUM_THREADS"] = "1"  # small networks: threads that wait for each other cost more than they bring
 torch.set_num_threads(1)
 PATIENCE = 600  # seconds after which something hangs; nothing that a test waits for takes as long on any machine

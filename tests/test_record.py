@@ -187,8 +187,8 @@ def test_a_summary_that_holds_something_else(content, reference, tmp_path):  # n
     directory = half_done(tmp_path, "critical")
     for name in ("summary.json", "args.json"):
         (directory / name).write_text(content)
-    done = run_main(*BASE, *MODES["critical"], cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: argument --name"), done
+    status, log = child.run([*BASE, *MODES["critical"]], tmp_path)
+    assert status == 2 and log.splitlines()[-1].startswith("error: argument --name"), log
     assert child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)[0] == 0
     assert outcome(directory) == reference["critical"]
 

@@ -198,9 +198,9 @@ def test_one_owner(tmp_path):
     process = child.start([*BASE, "--epochs", 100_000], tmp_path)
     wait_for(tmp_path / "log", "epoch 1", process)
     for argv in ([], ["--resume"]):
-        done = run_main(*BASE, "--epochs", 100_000, *argv, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
-        assert done.stderr.startswith("error: ") and "belongs to another, running process" in done.stderr
+        status, log = child.run([*BASE, "--epochs", 100_000, *argv], tmp_path, log="second")
+        assert status == 2 and log.count("\n") == 1, log
+        assert log.startswith("error: ") and "belongs to another, running process" in log
     process.kill()
     process.join()
     status, log = child.run([*BASE, "--epochs", 1, "--resume"], tmp_path)  # the dead one's lock does not block
