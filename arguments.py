@@ -108,12 +108,6 @@ def path(text: str) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py; its defaults are those of the authors' command line where they have the flag."""
-    positive = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
-    count = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
-    whole = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
-    beta = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
-    seed = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
-
     parser = Parser(
         prog="main.py",
         allow_abbrev=False,
@@ -122,59 +116,58 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="In the names of flags, - and _ mean the same. Exit status: 0 finished, 3 diverged, 2 error, "
         "130 or 143 stopped with a checkpoint.",
     )
-    add = parser.add_argument_group("the experiment (paper, section 2)").add_argument
+    _add_experiment(parser.add_argument_group("the experiment (paper, section 2)").add_argument)
+    _add_machine(parser.add_argument_group("how it runs").add_argument)
+    _add_record(parser.add_argument_group("the record").add_argument)
+    return parser
+
+
+POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
+COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
+WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
+BETA = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
+SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
+SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v >= 0)
+
+
+def _add_experiment(add: Callable) -> None:
     add("--mode", **one_of("normal", "critical", "sampling"), default="normal", help="which of the three")
     add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="digits needs no download")
     add("--model", **one_of(*NETWORKS), default="ResNet18", help="network")
     add("--optimizer", **one_of(*OPTIMIZERS), default="shb", help="search direction")
-    add("--epochs", type=count, default=200, metavar="N", help="normal: passes over the training images")
-    add("--lr", type=positive, default=0.1, metavar="ETA", help="learning rate")
-    add("--batchsize", type=count, default=8, metavar="B", help="images a step")
-    add("--beta1", type=beta, default=0.9, metavar="BETA", help="momentum factor of shb and nshb")
-    add("--eps", type=positive, nargs="+", default=[0.5], help="critical: one or more thresholds")
-    add("--min_epochs", type=whole, default=11, metavar="N", help="critical: passes before the check starts")
-    add("--steps", type=whole, default=10_000, metavar="N", help="sampling: updates before the measurement")
-    add(
-        "--full_grad_batchsize",
-        type=count,
-        metavar="B",
-        help=f"sampling: chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)",
-    )
-    add("--max_steps", type=count, metavar="N", help="ends any mode after so many updates")
-    add("--seed", type=seed, default=0, help="of weights, shuffling, augmentation, measuring")
+    add("--epochs", type=COUNT, default=200, metavar="N", help="normal: passes over the training images")
+    add("--lr", type=POSITIVE, default=0.1, metavar="ETA", help="learning rate")
+    add("--batchsize", type=COUNT, default=8, metavar="B", help="images a step")
+    add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb and nshb")
+    add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
+    add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
+    add("--steps", type=WHOLE, default=10_000, metavar="N", help="sampling: updates before the measurement")
+    chunk = f"sampling: chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
+    add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
+    add("--max_steps", type=COUNT, metavar="N", help="ends any mode after so many updates")
+    add("--seed", type=SEED, default=0, help="of weights, shuffling, augmentation, measuring")
 
-    add = parser.add_argument_group("how it runs").add_argument
-    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    add(
-        "--precision",
-        **one_of("default", "ieee", "bf16"),
-        default="default",
-        help="default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast",
+
+def _add_machine(add: Callable) -> None:
+    precisions = (
+        "default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast"
     )
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
     add("--compile", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
     add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
-    add = parser.add_argument_group("the record").add_argument
+
+def _add_record(add: Callable) -> None:
     add("--runs_dir", type=path, default="runs", metavar="DIR", help="where runs are recorded")
     add("--name", type=_name, help="directory of this run below runs_dir (default: made of its arguments)")
     add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
-    add(
-        "--checkpoint_every",
-        type=number(float, "a finite number of seconds of at least 0", lambda v: v >= 0),
-        default=300.0,
-        metavar="SECONDS",
-        help="between two checkpoints",
-    )
+    add("--checkpoint_every", type=SECONDS, default=300.0, metavar="SECONDS", help="between two checkpoints")
     add("--wandb_entity", type=_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
     add("--wandb_project", type=_name, default="role_of_momentum", help="project to log to")
-    add(
-        "--wandb_mode",
-        **one_of(*WANDB_MODES),
-        help="default: WANDB_MODE, or by the entity",
-    )
-    return parser
+    add("--wandb_mode", **one_of(*WANDB_MODES), help="default: WANDB_MODE, or by the entity")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -184,8 +177,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ]
     args = build_parser().parse_args(normalized)
     images = DATASETS[args.dataset].train_images
-    if args.full_grad_batchsize is None:
-        args.full_grad_batchsize = min(FULL_GRAD_BATCHSIZE, images)
+    args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
     for flag in ("batchsize", "full_grad_batchsize"):
         if getattr(args, flag) > images and (flag == "batchsize" or args.mode == "sampling"):
             raise UserError(
@@ -196,6 +188,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
     args.name = args.name or _default_name(args)
     return args
+
+
+def default_chunk(args: argparse.Namespace) -> int:
+    """Images in a chunk of the full gradient where none is given: as the paper's, or all of a smaller data set."""
+    return min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images)
 
 
 def _wandb_mode(entity: str) -> str:
@@ -217,7 +214,7 @@ def _default_name(args: argparse.Namespace) -> str:
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
     parser = build_parser()
-    parser.set_defaults(full_grad_batchsize=min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images))
+    parser.set_defaults(full_grad_batchsize=default_chunk(args))
     for key, value in relevant.items():
         if key not in (*usual, *added_later) and value != parser.get_default(key):
             parts.append(key if value is True else f"{key}{value}")

@@ -13,20 +13,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+import state
 from arguments import ENDLESS, planned_steps, result_arguments
 from dashboard import Dashboard
 from files import Growing, Norms, Rows, checksum, plain, replacing, to_json, write_json
 from messages import UserError, warn
-from state import (
-    differences,
-    ended_run,
-    environments,
-    lower_cap,
-    read_args,
-    read_summary,
-    refuse,
-    warn_of_other_bits,
-)
 from utils import environment
 
 
@@ -58,7 +49,7 @@ class Record:
                 with open(lock, "a") as file:  # to append, since NFS locks no file that is only read
                     self._lock(file)
             self._refuse_existing()
-            return ended_run(self.args) if self.args.resume else None
+            return state.ended_run(self.args) if self.args.resume else None
 
     def claim(self, data_checksum: int) -> None:
         """Make the directory this process's own, for a run on data of this checksum. UserError if that cannot be."""
@@ -90,13 +81,13 @@ class Record:
     def _refuse_existing(self) -> None:
         if self.args.resume or not self.directory.exists() or not set(os.listdir(self.directory)) - {".lock"}:
             return
-        summary, before = read_summary(self.directory), read_args(self.directory).get("args")
-        reason = differences(before, self.args) if before else ""
+        summary, before = state.read_summary(self.directory), state.read_args(self.directory).get("args")
+        reason = state.differences(before, self.args) if before else ""
         if summary and not reason:
-            reason = lower_cap(summary["steps"], self.args)
+            reason = state.lower_cap(summary["steps"], self.args)
         advice = f" and {reason}, or another --name" if reason else "; --resume goes on with it, another --name begins"
-        state = summary["status"] if summary else "unfinished"
-        raise UserError(f"argument --name: {self.directory} exists already ({state}){advice}")
+        status = summary["status"] if summary else "unfinished"
+        raise UserError(f"argument --name: {self.directory} exists already ({status}){advice}")
 
     def _lock(self, file) -> None:
         try:
@@ -111,12 +102,12 @@ class Record:
     def begin(self, device: torch.device, step: int) -> None:
         """Start logging at `step`: args.json, wandb, progress."""
         self.still_ours()
-        before = read_args(self.directory)
+        before = state.read_args(self.directory)
         same_run = before.get("args", {}).get("name") == self.args.name  # and no copy under another name
-        parts = [part for part in environments(before) if part["first_step"] < step]
+        parts = [part for part in state.environments(before) if part["first_step"] < step]
         now = {"first_step": step} | environment(device)
         if parts:
-            warn_of_other_bits(parts[-1], now)
+            state.warn_of_other_bits(parts[-1], now)
         given = os.environ.get("WANDB_RUN_ID")  # by a wandb agent, whose sweep knows the run by it
         run_id = given or (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
         self._about = {"args": vars(self.args), "data_checksum": self.data_checksum}
@@ -244,17 +235,19 @@ class Record:
 
     def _refuse_new_eps(self, content: dict) -> None:
         new = sorted(set(self.args.eps) - set(content["args"]["eps"]))
-        refuse(f"has lost gradient norms, in which a new --eps {new} would be looked for" if new else "", self.args)
+        state.refuse(
+            f"has lost gradient norms, in which a new --eps {new} would be looked for" if new else "", self.args
+        )
 
     def _refuse_others(self, content: dict) -> None:
         if content.get("format") != checkpoints.FORMAT:
-            refuse("was checkpointed by another version of this code; go on with that one", self.args)
-        refuse(differences(content["args"], self.args), self.args)
-        refuse(lower_cap(content["step"], self.args), self.args)
+            state.refuse("was checkpointed by another version of this code; go on with that one", self.args)
+        state.refuse(state.differences(content["args"], self.args), self.args)
+        state.refuse(state.lower_cap(content["step"], self.args), self.args)
         before, now = content["data_checksum"], self.data_checksum
         if before != now:
             reason = f"was begun with other data than lies in --data_dir {self.args.data_dir} now"
-            refuse(f"{reason} (checksum {before}, now {now}); give the same", self.args)
+            state.refuse(f"{reason} (checksum {before}, now {now}); give the same", self.args)
 
 
 def _give_up(file: Growing, size: int) -> None:
