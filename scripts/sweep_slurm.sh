@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The paper's grid as a SLURM array, one task a run. Submit it in the repository, the environment activated:
 #
-#   sbatch scripts/sweep_slurm.sh MODE [any other flag of main.py, but not --optimizer, --batchsize, --seed, --name]
+#   sbatch scripts/sweep_slurm.sh MODE [any flag of scripts/sweep.sh or main.py]
 #   sbatch --array=0-98%8 --time=12:00:00 scripts/sweep_slurm.sh critical --eps 1.0 0.7 0.5
 #
+# With lists of its own it is another size: `scripts/sweep.sh MODE --seeds "0 1" --count` says 66, so --array=0-65.
 # A task that is preempted is queued again by SLURM; for one that its time limit has stopped, submit the same line
 # again: every run goes on from its checkpoint, and what is finished ends at once.
 #SBATCH --job-name=role_of_momentum
@@ -15,20 +16,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%A_%a.log
-# B: is the batch shell, which exec below turns into python; without it only steps started by srun get the signal.
+# B: is the batch shell, which becomes python; without it only steps started by srun get the signal.
 #SBATCH --signal=B:TERM@120
-set -u
-die() { echo "error: $*" >&2; exit 2; }
-
-optimizers=(sgd shb nshb)
-batchsizes=(8 16 32 64 128 256 512 1024 2048 4096 8192)
-seeds=(0 1 2)
-
-(($#)) || die "the first argument is the mode: normal, critical or sampling"
-k=${SLURM_ARRAY_TASK_ID-}
-[[ -n $k ]] || die "this is not a task of a SLURM array; submit the script with sbatch"
-o=$((k % ${#optimizers[@]})) k=$((k / ${#optimizers[@]}))
-s=$((k % ${#seeds[@]})) b=$((k / ${#seeds[@]})) # the small batches, which take longest, come first
-((b < ${#batchsizes[@]})) || die "--array: task $SLURM_ARRAY_TASK_ID is beyond the grid"
-exec "${PYTHON:-python}" main.py "${@:2}" --mode "$1" --optimizer "${optimizers[o]}" \
-    --batchsize "${batchsizes[b]}" --seed "${seeds[s]}" --resume
+task=${SLURM_ARRAY_TASK_ID-}
+[[ -n $task ]] || { echo "error: this is not a task of a SLURM array; submit the script with sbatch" >&2; exit 2; }
+exec "${PYTHON:-python}" scripts/sweep.py "$@" --task "$task"
