@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p for p in ROOT.glob("**/*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs"))
-# From the experiments down to what everybody may use; a module imports from rows below its own only, or of its package.
+# From the experiments down to what everybody may use; a module imports from rows below its own, or of its package.
 LAYERS = [
     {"figures", "bench", "main", "scripts"},
     {"training", "report"},
