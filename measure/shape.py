@@ -6,6 +6,7 @@ exactly zero and covariance Σ, whatever the mean of g is. Definitions and sourc
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 BLOCK = 1 << 14  # coordinates at a time: M of each in float64 stay in the processor's cache
 COMPONENTS = 5  # principal components that are tested
 LEVEL = 0.05  # of the tests whose rejections are counted
+FEWEST = 20  # values for D'Agostino and Pearson's test
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # nan and infinity say what there is to say
 def shape(
     draws: list[Tensor],
     full: Tensor,
@@ -49,61 +52,56 @@ def shape(
 def _sums(
     draws: list[Tensor], full: Tensor, directions: list[Tensor], coordinates: range, between: Callable[[], None]
 ) -> list[np.ndarray]:
-    """What adds up over coordinates: `_coordinate_sums`, ω_iᵀω_j (M, M), and ω_iᵀu for each direction u (M, ·)."""
+    """What adds up over coordinates: `_coordinate_sums`, the first four powers of each draw's entries (4, M),
+    ω_iᵀω_j (M, M), and ω_iᵀu for each direction u (M, ·).
+    """
     m = len(draws)
-    total = [np.zeros(len(SUMS)), np.zeros((m, m)), np.zeros((m, len(directions)))]
+    total = [np.zeros(len(SUMS)), np.zeros((4, m)), np.zeros((m, m)), np.zeros((m, len(directions)))]
     for start in range(coordinates.start, coordinates.stop, BLOCK):
         between()
         block = slice(start, min(start + BLOCK, coordinates.stop))
         omega = torch.stack([g[block] for g in draws]) - full[block]
         omega = omega.double().cpu().numpy()
         fixed = torch.stack([u[block] for u in directions]).double().cpu().numpy()
-        for sum_, part in zip(total, (_coordinate_sums(omega), omega @ omega.T, omega @ fixed.T), strict=True):
-            sum_ += part
+        square = omega**2
+        powers = np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)])
+        total[0] += _coordinate_sums(omega)
+        total[1] += powers
+        total[2] += omega @ omega.T
+        total[3] += omega @ fixed.T
     return total
 
 
-SUMS = ("entries", "moving", "variance", "variance²", "G2", "rejected", "tails", "1/hill", "x", "x²", "x³", "x⁴")
+HALVES = ("variance 1", "variance 2", "product")  # of the two halves of the draws, and of both
+SUMS = ("entries", "moving", *HALVES, "G2", "rejected", "tails", "1/hill")
 
 
 def _coordinate_sums(omega: np.ndarray) -> np.ndarray:
-    """`SUMS` over the coordinates of a block, omega (M, B); those that are the same in all draws have no shape."""
-    first, moving = omega[0], omega[:, _moves(omega)]
-    variance = moving.var(axis=0, ddof=1)
-    kurtosis, p = normality(moving)
-    inverse = inverse_hill(moving)
-    finite = np.isfinite(inverse)
-    return np.array(
-        [
-            len(first),
-            len(variance),
-            variance.sum(),
-            (variance**2).sum(),
-            kurtosis.sum(),
-            (p < LEVEL).sum() if len(omega) >= 20 else np.nan,
-            finite.sum(),
-            inverse[finite].sum(),
-            *((first**power).sum() for power in (1, 2, 3, 4)),
-        ]
-    )
-
-
-def _moves(values: np.ndarray) -> np.ndarray:
-    """Which columns differ from row to row by more than rounding."""
-    return np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
+    """`SUMS` over the coordinates of a block, omega (M, B); one that is the same in all draws has no shape."""
+    half = len(omega) // 2
+    # The halves are independent: the mean of the product is σ⁴, whatever the law, where a square's is larger.
+    one, two = omega[:half].var(axis=0, ddof=1), omega[half:].var(axis=0, ddof=1)
+    kurtosis, p = normality(omega)
+    rejected = (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan
+    inverse = inverse_hill(omega)
+    tails = inverse[np.isfinite(inverse)]
+    moving = np.isfinite(kurtosis).sum()
+    sums = [omega.shape[1], moving, one.sum(), two.sum(), one @ two, np.nansum(kurtosis), rejected]
+    return np.array([*sums, len(tails), tails.sum()])
 
 
 def normality(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each column of `values` (M, ·): the unbiased excess kurtosis G2, and the p of D'Agostino and Pearson's K².
 
-    G2 has mean 0 for a normal. p is nan below M = 20, where K² is not near χ². Both are nan for a constant column.
+    G2 has mean 0 for a normal. p is nan below M = 20, where K² is not near χ². Both are nan for a column that is
+    constant but for rounding.
     """
     kurtosis, p = np.full((2, values.shape[1]), np.nan)
-    moving = _moves(values)
+    moving = np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
     if moving.any():
         kurtosis[moving] = stats.kurtosis(values[:, moving], axis=0, bias=False)
-        if len(values) >= 20:
-            p[moving] = stats.normaltest(values[:, moving], axis=0).pvalue
+    if moving.any() and len(values) >= FEWEST:
+        p[moving] = stats.normaltest(values[:, moving], axis=0).pvalue
     return kurtosis, p
 
 
@@ -116,34 +114,34 @@ def inverse_hill(values: np.ndarray) -> np.ndarray:
     k = max(2, len(values) // 10)
     distances = np.abs(values - values.mean(axis=0)).T.copy()
     tail = np.sort(np.partition(distances, -k - 1, axis=1)[:, -k - 1 :], axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(tail[:, 1:] / tail[:, :1]).mean(axis=1)
+    return np.log(tail[:, 1:] / tail[:, :1]).mean(axis=1)
+
+
+@cache
+def _normal_tail(m: int) -> float:
+    """What `inverse_hill` gives for a normal, in the mean over 10,000 columns."""
+    return inverse_hill(np.random.default_rng(0).standard_normal((m, 10_000))).mean()
 
 
 def _numbers(sums: list[np.ndarray], names: list[str]) -> dict[str, float]:
-    total, gram, projections = dict(zip(SUMS, sums[0], strict=True)), sums[1], sums[2]
+    """What docs/measuring.md lists; nan where nothing moves."""
+    total, powers, gram, projections = dict(zip(SUMS, sums[0], strict=True)), *sums[1:]
     m, d, moving = len(gram), total["entries"], total["moving"]
-    zero_mean = (gram.sum() - np.trace(gram)) / (m * (m - 1))
-    trace, trace_square = _covariance(gram)
-    mean, *moments = (total[key] / d for key in ("x", "x²", "x³", "x⁴"))
-    spread = moments[0] - mean**2
-    fourth = moments[2] - 4 * mean * moments[1] + 6 * mean**2 * moments[0] - 3 * mean**4
-    scales = 3 * total["variance²"] / (1 + 2 / (m - 1)) * d / total["variance"] ** 2 - 3
-    normal = inverse_hill(np.random.default_rng(0).standard_normal((m, 10_000))).mean()
+    trace, trace_square, ratio = _covariance(gram)
     numbers = {
         "entries": int(d),
         "moving": int(moving),
-        "zero_mean": zero_mean,
+        "zero_mean": (gram.sum() - np.trace(gram)) / (m * (m - 1)),
         "zero_mean_sd": np.sqrt(2 * trace_square / (m * (m - 1))),
         "trace": trace,
-        "isotropy": d * trace_square / trace**2,
-        "effective_rank": trace**2 / trace_square,
+        "isotropy": d * ratio,
+        "effective_rank": 1 / ratio,
         "kurtosis": total["G2"] / moving,
         "rejected": total["rejected"] / moving,
-        "pooled_kurtosis": fourth / spread**2 - 3,
-        "scales_kurtosis": scales,
+        "pooled_kurtosis": _pooled(powers / d).mean(),
+        "scales_kurtosis": 3 * d * total["product"] / (total["variance 1"] * total["variance 2"]) - 3,
         "hill": total["tails"] / total["1/hill"],
-        "hill_normal": 1 / normal,
+        "hill_normal": 1 / _normal_tail(m),
     }
     numbers |= _principal_components(gram)
     for name, kurtosis, p in zip(names, *normality(projections), strict=True):
@@ -151,19 +149,32 @@ def _numbers(sums: list[np.ndarray], names: list[str]) -> dict[str, float]:
     return {key: value if isinstance(value, int) else float(value) for key, value in numbers.items()}
 
 
-def _covariance(gram: np.ndarray) -> tuple[float, float]:
-    """tr Σ and tr(Σ²), both unbiased, from ω_iᵀω_j (M, M); of an odd number of draws the last is left out."""
+def _pooled(powers: np.ndarray) -> np.ndarray:
+    """The excess kurtosis of each draw's entries, from the means of their first four powers (4, M)."""
+    mean, second, third, fourth = powers
+    return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / (second - mean**2) ** 2 - 3
+
+
+def _covariance(gram: np.ndarray) -> tuple[float, float, float]:
+    """tr Σ and tr(Σ²), both unbiased, and tr(Σ²)/(tr Σ)², from ω_iᵀω_j (M, M); an odd last draw is left out.
+
+    The ratio is over the same pairs above and below: e_k as long as it happens to be cancels.
+    """
     even = len(gram) // 2 * 2
     rows = gram[0:even:2, :even] - gram[1:even:2, :even]
-    pairs = (rows[:, 0::2] - rows[:, 1::2]) / 2  # e_kᵀe_l
-    k = len(pairs)
-    return np.trace(pairs) / k, ((pairs**2).sum() - (np.diag(pairs) ** 2).sum()) / (k * (k - 1))
+    products = (rows[:, 0::2] - rows[:, 1::2]) / 2  # e_kᵀe_l
+    lengths = np.diag(products)
+    apart = ~np.eye(len(lengths), dtype=bool)
+    squares, norms = (products**2)[apart].mean(), np.outer(lengths, lengths)[apart].mean()
+    return lengths.mean(), squares, squares / norms
 
 
 def _principal_components(gram: np.ndarray) -> dict[str, float]:
     """Normality along principal components of the first half of the draws, tested on the second half."""
+    if not np.isfinite(gram).all():
+        return {"components_kurtosis": np.nan, "components_rejected": np.nan}
     half = len(gram) // 2
-    centre = np.eye(half) - 1 / half
+    centre = np.eye(half) - 1 / half  # takes the mean of the first half away
     _, vectors = np.linalg.eigh(centre @ gram[:half, :half] @ centre)
     count = min(COMPONENTS, half - 1)
     kurtosis, p = normality(gram[half:, :half] @ centre @ vectors[:, -count:])
