@@ -1,66 +1,101 @@
 """Mini-batch and full gradients at the present weights, and what BatchNorm does meanwhile.
 
-Nothing here changes what it measures: weights, buffers, `.grad` and random state stay as they were.
+Nothing here changes what it measures: weights, buffers, `.grad`, training flags and random state stay as they were.
 """
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Batch = tuple[Tensor, Tensor]  # inputs (b, …) and targets (b, …), on the model's device
+Loss = Callable[[Tensor, Tensor], Tensor]  # of the model's output and the targets; the mean over the batch
+
 
 @contextmanager
-def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put `model` in training or evaluation mode for a while, and leave no trace in buffers or random state."""
+def unchanged(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Put `model` in training or evaluation mode for a while, and leave no trace in buffers or random state.
+
+    training: None leaves every module in the mode it is in. The random state is that of torch (CPU, and the CUDA
+    devices that hold parameters), NumPy and Python; a generator of the user's own is not known here.
+    """
     buffers = [b.clone() for b in model.buffers()]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
+    numpy_state, python_state = np.random.get_state(), random.getstate()
     cuda = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     try:
         with torch.random.fork_rng(devices=cuda):
-            model.train(training)
+            if training is not None:
+                model.train(training)
             yield
     finally:
-        model.train(was_training)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for module, mode in modes:
+            module.training = mode
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
 
 
-def gradient(model: nn.Module, x: Tensor, y: Tensor, params: list[Tensor]) -> list[Tensor | None]:
-    """Gradient of the mean cross-entropy of a batch; one tensor a parameter, None where the loss does not need it.
+def trained(model: nn.Module) -> list[Tensor]:
+    """The parameters that are not frozen, in the model's order: those of `full_gradient`."""
+    return [p for p in model.parameters() if p.requires_grad]
 
-    x: images (b, 3, 32, 32). y: labels (b,). params: of the model, those to differentiate by. `.grad` is not touched.
+
+def gradient(
+    model: nn.Module, x: Tensor, y: Tensor, params: list[Tensor], loss: Loss = F.cross_entropy
+) -> list[Tensor | None]:
+    """Gradient of the mean loss of a batch; one tensor a parameter, None where the loss does not need it.
+
+    x: inputs (b, …). y: targets (b, …). params: of the model, those to differentiate by. `.grad` is not touched.
+    loss: see `full_gradient`. ValueError if it returns more than one number.
     """
-    return list(torch.autograd.grad(F.cross_entropy(model(x), y), params, allow_unused=True))
+    value = loss(model(x), y)
+    if value.ndim:
+        raise ValueError(f"the loss must return the mean over the batch, one number; got shape {tuple(value.shape)}")
+    return list(torch.autograd.grad(value, params, allow_unused=True))
 
 
 def full_gradient(
     model: nn.Module,
-    chunks: Iterable[tuple[Tensor, Tensor]],
+    chunks: Iterable[Batch],
     n: int,
     between: Callable[[], None] = lambda: None,
     params: list[Tensor] | None = None,
+    loss: Loss = F.cross_entropy,
+    training: bool | None = True,
 ) -> list[Tensor]:
     """∇f(x_t), the gradient of the mean loss over all n training images (paper, section 2, mode sampling).
 
-    chunks: images (b, 3, 32, 32) and labels (b,), n images in all; every image weighs 1/n, also in a partial
+    chunks: inputs (c, …) and targets (c, …), n images in all; every image weighs 1/n, also in a partial
     last chunk. between: called before every chunk; what it raises ends the pass. params: of the model, those to
-    differentiate by (default: all that are not frozen). BatchNorm works in training mode, so with it the result
-    depends on the size of the chunks. Returns one tensor a parameter. ValueError if the chunks do not hold n images.
+    differentiate by (default: `trained`). loss: must be the mean over the images of a loss of each
+    one; a sum, or a mean weighted otherwise, gives another f. training: see `unchanged`; in training mode (the
+    paper's) BatchNorm makes the result depend on c. Returns one tensor a parameter. ValueError if the chunks do
+    not hold n images.
     """
-    params = params or [p for p in model.parameters() if p.requires_grad]
+    params = params or trained(model)
     total, seen = [torch.zeros_like(p) for p in params], 0
-    with unchanged(model, training=True):
+    with unchanged(model, training):
         for x, y in chunks:
             between()
-            loss = 1 / n * F.cross_entropy(model(x), y, reduction="sum")
-            torch._foreach_add_(total, torch.autograd.grad(loss, params, materialize_grads=True))
+            value = 1 / n * _summed(loss, model(x), y)
+            torch._foreach_add_(total, torch.autograd.grad(value, params, materialize_grads=True))
             seen += len(y)
     if seen != n:
         raise ValueError(f"the chunks hold {seen} images, not {n}")
     return total
+
+
+def _summed(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
+    if loss is F.cross_entropy:
+        return F.cross_entropy(output, y, reduction="sum")  # one rounding less than through the mean
+    return len(y) * loss(output, y)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

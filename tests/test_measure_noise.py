@@ -197,24 +197,18 @@ def test_batchnorm_s_statistics_are_a_batch_s_own_and_stay_out_of_it():
     assert all(map(torch.equal, a, b)) and (model.bn.running_mean == 1e3).all()
 
 
-def test_on_digits_in_one_chunk_sgd_has_no_noise_and_shb_has_its_momentum_alone():
-    from pathlib import Path
-
-    import data as datasets
-
-    data = datasets.load("digits", Path("unused"), torch.device("cpu"), 0)
-    torch.manual_seed(0)
-    model = models.build("ResNet20", 10)
+def test_in_one_chunk_sgd_has_no_noise_and_shb_has_its_momentum_alone():
+    data, model = make_data(90, augmented=False), models.build("ResNet20", 10)
     sgd = OPTIMIZERS["sgd"](model.parameters(), 0.1)
-    batch = next(data.epoch(0, 1437))
-    numbers, _ = noise.measure(model, sgd, batch, data.full_pass(0, 1437), data.size)
+    batch = next(data.epoch(0, 90))
+    numbers, _ = noise.measure(model, sgd, batch, data.full_pass(0, 90), 90)
     assert numbers["noise_norm"] < 1e-3 * numbers["full_gradient_norm"] and numbers["cosine"] > 1 - 1e-6
     shb = OPTIMIZERS["shb"](model.parameters(), 0.1, momentum=0.9)
     model.zero_grad()
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     shb.step()
     momentum = torch.cat([0.9 * shb.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
-    numbers, omega = noise.measure(model, shb, next(data.epoch(1, 1437)), data.full_pass(1, 1437), data.size)
+    _, omega = noise.measure(model, shb, next(data.epoch(1, 90)), data.full_pass(1, 90), 90)
     assert (omega - momentum).norm() < 1e-3 * momentum.norm()
 
 
