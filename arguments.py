@@ -1,13 +1,12 @@
 """The command line: every flag, checked before anything slow or lasting happens. No torch."""
 
 import argparse
-import difflib
-import math
+import itertools
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
+from converters import Parser, device, number, one_of, path, run_name
 from datasets import DATASETS
 from messages import UserError
 from models import NETWORKS
@@ -30,80 +29,9 @@ ONE_MODE_ONLY = {
     "epochs": "normal",
     "eps": "critical",
     "min_epochs": "critical",
-    "steps": "sampling",
-    "full_grad_batchsize": "sampling",
+    **dict.fromkeys(("steps", "earlier_steps", "full_grad_batchsize", "draws", "draw_batchsizes"), "sampling"),
+    **dict.fromkeys(("measure_batchnorm", "shape", "exact_memory"), "sampling"),
 }
-# What else people call the flags.
-SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, instead of printing the usage and exiting."""
-
-    def error(self, message: str):
-        """Called by argparse."""
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown == message:
-            raise UserError(message)
-        flag = re.split("[ =]", unknown)[0].lstrip("-")
-        known = [action.dest for action in self._actions]
-        meant = SYNONYMS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
-        hint = f"; did you mean --{meant}?" if meant else ""
-        raise UserError(f"{message}{hint}; --help lists what is allowed")
-
-
-def one_of(*allowed: str):
-    """A converter for argparse that takes one of some names, and guesses which was meant by another."""
-
-    def convert(text: str):
-        if text not in allowed:
-            folded = {name.lower(): name for name in allowed}
-            meant = difflib.get_close_matches(text.lower(), folded, 1)
-            hint = f"; did you mean {folded[meant[0]]}?" if meant else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}{hint}")
-        return text
-
-    return {"type": convert, "choices": allowed}
-
-
-def number(kind: type, allowed: str, check: Callable):
-    """A converter for argparse that names what was given and what is allowed."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and check(value)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
-            hint = "; where several are allowed, spaces separate them" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}{hint}")
-        return value
-
-    return convert
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
-        raise argparse.ArgumentTypeError(
-            f"got {text[:40]!r}, allowed are up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, "
-            "digit or _ in front"
-        )
-    return text
-
-
-def device(text: str) -> str:
-    """A converter for the name of a device."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,2}))?", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, …")
-    return text
-
-
-def path(text: str) -> Path:
-    """A converter for the path of a directory or file."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
-    return Path(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,9 +69,17 @@ def _add_experiment(add: Callable) -> None:
     add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb and nshb")
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
-    add("--steps", type=WHOLE, default=10_000, metavar="N", help="sampling: updates before the measurement")
+    add("--steps", type=WHOLE, nargs="+", default=[10_000], metavar="N", help="sampling: updates before a measurement")
     chunk = f"sampling: chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
     add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
+    add("--draws", type=WHOLE, default=0, metavar="M", help="sampling: further mini-batches, for the budget of ω")
+    sizes = "sampling: batch sizes to draw beside that of training, for C²"
+    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help=sizes)
+    modes = "sampling: BatchNorm's mode in measuring, one or both"
+    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help=modes)
+    add("--shape", action="store_true", help="sampling: normality, isotropy and tails of the draws")
+    memory = "sampling: splits the memory exactly by the full gradients of the last K steps, each a full pass"
+    add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
     add("--max_steps", type=COUNT, metavar="N", help="ends any mode after so many updates")
     add("--seed", type=SEED, default=0, help="of weights, shuffling, augmentation, measuring")
 
@@ -162,11 +98,11 @@ def _add_machine(add: Callable) -> None:
 
 def _add_record(add: Callable) -> None:
     add("--runs_dir", type=path, default="runs", metavar="DIR", help="where runs are recorded")
-    add("--name", type=_name, help="directory of this run below runs_dir (default: made of its arguments)")
+    add("--name", type=run_name, help="directory of this run below runs_dir (default: made of its arguments)")
     add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
     add("--checkpoint_every", type=SECONDS, default=300.0, metavar="SECONDS", help="between two checkpoints")
-    add("--wandb_entity", type=_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
-    add("--wandb_project", type=_name, default="role_of_momentum", help="project to log to")
+    add("--wandb_entity", type=run_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
+    add("--wandb_project", type=run_name, default="role_of_momentum", help="project to log to")
     add("--wandb_mode", **one_of(*WANDB_MODES), help="default: WANDB_MODE, or by the entity")
 
 
@@ -185,9 +121,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 f"of {args.dataset}"
             )
     args.eps = sorted(set(args.eps), reverse=True)
+    _check_sampling(args, images)
     args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
     args.name = args.name or _default_name(args)
     return args
+
+
+def _check_sampling(args: argparse.Namespace, images: int) -> None:
+    """Fill in `steps`, the last, and `earlier_steps`; UserError for what does not go together."""
+    for flag in ("steps", "draw_batchsizes", "measure_batchnorm"):
+        given = getattr(args, flag)
+        if len(set(given)) < len(given):
+            raise UserError(f"argument --{flag}: got {_words(given)}, allowed is each value once")
+    *args.earlier_steps, args.steps = sorted(args.steps)
+    args.draw_batchsizes.sort()
+    if args.mode != "sampling":
+        return
+    if args.draws == 1 or (args.shape and args.draws < 4):
+        least = "4 and more with --shape" if args.shape else "0, or 2 and more"
+        raise UserError(f"argument --draws: got {args.draws}, allowed is {least}")
+    if args.draw_batchsizes and not args.draws:
+        raise UserError(f"argument --draw_batchsizes: got {_words(args.draw_batchsizes)}, allowed only with --draws")
+    for b in args.draw_batchsizes:
+        if b > images:
+            raise UserError(f"argument --draw_batchsizes: got {b}, allowed is at most the {images} training images")
+    steps = [0, *args.earlier_steps, args.steps]
+    fewest = min((b - a for a, b in itertools.pairwise(steps) if b > a), default=0)
+    if args.exact_memory > fewest:
+        reason = "the fewest steps before a measurement, or between two"
+        raise UserError(f"argument --exact_memory: got {args.exact_memory}, allowed is at most {fewest}, {reason}")
+
+
+def _words(values: list) -> str:
+    return " ".join(map(str, values))
 
 
 def default_chunk(args: argparse.Namespace) -> int:
@@ -213,11 +179,12 @@ def _default_name(args: argparse.Namespace) -> str:
     added_later = ("eps", "max_steps") if args.mode == "critical" else ()
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
-    parser = build_parser()
-    parser.set_defaults(full_grad_batchsize=default_chunk(args))
+    defaults = vars(build_parser().parse_args([]))
+    defaults |= {"full_grad_batchsize": default_chunk(args), "steps": 10_000, "earlier_steps": []}
     for key, value in relevant.items():
-        if key not in (*usual, *added_later) and value != parser.get_default(key):
-            parts.append(key if value is True else f"{key}{value}")
+        if key not in (*usual, *added_later) and value != defaults[key]:
+            text = "+".join(map(str, value)) if isinstance(value, list) else value
+            parts.append(key if value is True else f"{key}{text}")
     return "-".join([*parts, f"seed{args.seed}"])
 
 

@@ -31,7 +31,7 @@ class Dashboard:
 
     def __init__(self, args: Namespace, directory: Path, config: dict, run_id: str, rows: list[dict]):
         last_steps = [] if args.wandb_mode == "disabled" else mend_parts(directory, run_id)
-        self._logged = max(last_steps, default=0)
+        self._logged = max(last_steps, default=-1)
         self._run = start_wandb(args, directory, config, run_id)
         self._offline = self._run is not None and self._run.settings.mode == "offline"
         self._parts = Path(self._run.dir).parents[1] if self._run else None

@@ -16,7 +16,7 @@ from torch import Tensor
 import datasets
 from datasets import DATASETS, Spec
 
-SHUFFLING, MEASURING = 1, 2  # streams of random numbers: measuring never changes training
+SHUFFLING, MEASURING, DRAWING, PAIRING = 1, 2, 3, 4  # streams of random numbers: measuring never changes training
 BLOCK = 1024  # images augmented at once: at small batches the launches of a block serve many steps
 
 
@@ -49,21 +49,36 @@ class Data:
 
     def full_pass(self, step: int, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All training images once, in chunks of `batchsize`, augmented from the stream kept for measuring."""
-        return self._pass((self.seed, MEASURING, step), batchsize, 0)
+        return self._pass((self.seed, MEASURING, step), batchsize)
+
+    def draws(self, step: int, batchsize: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`count` independent batches, each as training draws one: different images, augmented anew."""
+        for i in range(count):
+            yield next(self._pass((self.seed, DRAWING, step, batchsize, i), batchsize, size=batchsize))
+
+    def augmented_pairs(self, step: int, batchsize: int, count: int) -> Iterator[tuple]:
+        """`count` pairs of batches; both batches of one hold the same images, augmented independently."""
+        for i in range(count):
+            rng = np.random.default_rng((self.seed, PAIRING, step, batchsize, i))
+            order = rng.permutation(self.size)[:batchsize]
+            yield tuple(next(self._batches(rng, order, batchsize)) for _ in range(2))
 
     def test(self, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images in batches, never augmented."""
         for x, y in zip(self.x_test.split(batchsize), self.y_test.split(batchsize), strict=True):
             yield self.normalize(x), y
 
-    def _pass(self, key: tuple[int, ...], batchsize: int, start: int):
+    def _pass(self, key: tuple[int, ...], batchsize: int, start: int = 0, size: int | None = None) -> Iterator:
+        """The first `size` images (default: all) of a permutation in batches, from the `start`-th batch on."""
         rng = np.random.default_rng(key)
-        order = rng.permutation(self.size)
-        plan = draw_augmentation(rng, self.size, self.spec.angle) if self.spec.augmented else None
+        return self._batches(rng, rng.permutation(self.size)[:size], batchsize, start)
+
+    def _batches(self, rng: np.random.Generator, order: np.ndarray, batchsize: int, start: int = 0) -> Iterator:
+        plan = draw_augmentation(rng, len(order), self.spec.angle) if self.spec.augmented else None
         order = torch.from_numpy(order.astype(np.int32)).to(self.device)
         plan = None if plan is None else torch.from_numpy(plan).to(self.device)
         block = max(1, BLOCK // batchsize) * batchsize
-        for at in range(start * batchsize, self.size, block):
+        for at in range(start * batchsize, len(order), block):
             index = order[at : at + block]
             x = self.normalize(self.images(index, None if plan is None else plan[at : at + block]))
             y = self.y_train.index_select(0, index)

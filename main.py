@@ -84,31 +84,21 @@ def reached_before(run: "Training", first_check: int) -> dict[str, int | None]:
 
 
 def sampling(run: "Training") -> dict:
-    """Train for --steps, then measure ω_t on the next mini-batch, before its update."""
-    last = planned_steps(run.args)
-    numbers = measure_noise(run) if last == 0 else {}
-    for window in run.windows(last):
-        if run.step == last and not run.outcome:
-            numbers = measure_noise(run)
+    """At each of --steps measure ω_t, on the next mini-batch and before its update; end with the largest."""
+    from sampling import Shadow, measure_step, measured_steps
+
+    at = measured_steps(run.args)
+    shadow, results = Shadow(run, at) if run.args.exact_memory else None, {}
+    if run.step == 0 and 0 in at:
+        results, shown = measure_step(run, shadow)
+        run.record.show({"steps": 0} | shown)
+    for window in run.windows(max(at), read_at=at):
+        shown = {}
+        if run.step in at and not run.outcome:
+            results, shown = measure_step(run, shadow)
         run.commit(window)
-        run.log_window(window)
-    return numbers
-
-
-def measure_noise(run: "Training") -> dict:
-    """Measure ω_t at the present x_t and keep it; what is not finite is a divergence, and gives no numbers."""
-    from measure.noise import measure
-
-    epoch, start = divmod(run.step, run.steps_per_epoch)
-    batch = next(run.data.epoch(epoch, run.args.batchsize, start))
-    chunks = run.data.full_pass(run.step, run.args.full_grad_batchsize)
-    with run.autocast():
-        numbers, omega = measure(run.model, run.optimizer, batch, chunks, run.data.size, run.check_signals)
-    if not np.isfinite(numbers["noise_norm"]):
-        run.stop("diverged", run.step + 1)
-        return {}
-    run.record.save_omega(omega.numpy(), run.step)
-    return numbers
+        run.log_window(window, shown)
+    return results
 
 
 EXPERIMENTS = {"normal": normal, "critical": critical, "sampling": sampling}

@@ -1,12 +1,10 @@
 """A run's directory, `<runs_dir>/<name>/`: its lock, its rows, its checkpoints, its end."""
 
-import fcntl
 import os
 import sys
 import time
 import uuid
 from argparse import Namespace
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,20 +16,25 @@ from arguments import ENDLESS, planned_steps, result_arguments
 from dashboard import Dashboard
 from files import Growing, Norms, Rows, checksum, plain, replacing, to_json, write_json
 from messages import UserError, warn
+from owner import Owner, usable
 from utils import environment
 
 
 class Record:
     """One run's directory, owned by this process from `claim` on; its wandb run and its progress bar.
 
-    metrics, norms: the files that grow, each of one kind of row; a checkpoint says how far it counts on them.
+    metrics, norms, measurements, shape: the files that grow, each of one kind of row; a checkpoint says how far it
+    counts on them.
     """
 
     def __init__(self, args: Namespace):
         self.args, self.directory = args, args.runs_dir / args.name
+        self.owner = Owner(self.directory)
         self.metrics = Rows(self.directory / "metrics.csv")
         self.norms = Norms(self.directory / "gradient_norms.f32")
-        self.growing = (self.metrics, self.norms)
+        self.measurements = Rows(self.directory / "measurements.csv")
+        self.shape = Rows(self.directory / "shape.csv")
+        self.growing = (self.metrics, self.norms, self.measurements, self.shape)
         self.seconds, self._started = 0.0, time.monotonic()
         self.data_checksum, self._omega_checksum = None, None
 
@@ -43,40 +46,17 @@ class Record:
         Raises UserError if the run exists and --resume is not given, another process owns it, it was made with
         other arguments, or its directory cannot be used.
         """
-        lock = self.directory / ".lock"
-        with self._usable():
-            if lock.exists():
-                with open(lock, "a") as file:  # to append, since NFS locks no file that is only read
-                    self._lock(file)
+        self.owner.check()
+        with usable(self.directory):
             self._refuse_existing()
             return state.ended_run(self.args) if self.args.resume else None
 
     def claim(self, data_checksum: int) -> None:
         """Make the directory this process's own, for a run on data of this checksum. UserError if that cannot be."""
         self.data_checksum = data_checksum
-        with self._usable():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(self.directory / ".lock", "a")  # noqa: SIM115 (held until the process ends)
-            self._lock(self._lock_file)
-            self.still_ours()
+        self.owner.claim()
+        with usable(self.directory):
             self._refuse_existing()  # a moment ago it did not exist, but another process may have come between
-
-    def still_ours(self) -> None:
-        """OSError if since `claim` the directory was deleted or replaced: another run may be writing there."""
-        try:
-            found = os.stat(self.directory / ".lock")
-        except (FileNotFoundError, NotADirectoryError):
-            found = None
-        if found is None or not os.path.samestat(found, os.fstat(self._lock_file.fileno())):
-            raise OSError(f"{self.directory} or its .lock was deleted or replaced in mid-run; nothing more is written")
-
-    @contextmanager
-    def _usable(self):
-        try:
-            yield
-        except OSError as error:
-            message = f"argument --runs_dir: {self.directory} cannot be used ({error}); name a writable directory"
-            raise UserError(message) from error
 
     def _refuse_existing(self) -> None:
         if self.args.resume or not self.directory.exists() or not set(os.listdir(self.directory)) - {".lock"}:
@@ -89,19 +69,11 @@ class Record:
         status = summary["status"] if summary else "unfinished"
         raise UserError(f"argument --name: {self.directory} exists already ({status}){advice}")
 
-    def _lock(self, file) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"argument --name: {self.directory} belongs to another, running process") from error
-        except OSError as error:  # ENOLCK, ENOSYS, EOPNOTSUPP: Lustre and NFS as they are mounted on some clusters
-            warn(f"{self.directory} cannot be locked ({error.strerror}): see to it that no second process uses it")
-
     # --- what it holds ---
 
     def begin(self, device: torch.device, step: int) -> None:
         """Start logging at `step`: args.json, wandb, progress."""
-        self.still_ours()
+        self.owner.check_still()
         before = state.read_args(self.directory)
         same_run = before.get("args", {}).get("name") == self.args.name  # and no copy under another name
         parts = [part for part in state.environments(before) if part["first_step"] < step]
@@ -123,25 +95,40 @@ class Record:
             total=None if total == ENDLESS else total, initial=step, unit="step", disable=not sys.stderr.isatty()
         )
 
-    def log(self, row: dict, show: bool) -> None:
-        """One row of metrics.csv and of wandb, beginning with `steps`. show: print it too."""
-        self.still_ours()
+    def log(self, row: dict, say: bool, shown: dict) -> None:
+        """One row of metrics.csv, beginning with `steps`, and of wandb, with what is shown there beside it.
+
+        say: print it too.
+        """
+        self.owner.check_still()
         row = row | {"seconds": round(self.elapsed(), 3)}
         self.metrics.append_row(row)
-        self.dashboard.log(row)
-        if show:
+        self.show(row | shown)
+        if say:
             line = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "steps")
             with tqdm.external_write_mode():
                 print(f"step {row['steps']} {line}", flush=True)
 
+    def show(self, row: dict) -> None:
+        """One row of wandb, beginning with `steps`."""
+        self.dashboard.log(row)
+
+    def append_measurements(self, rows: list[dict], shapes: list[dict]) -> None:
+        """Add to measurements.csv and shape.csv what was measured at one step."""
+        self.owner.check_still()
+        for row in rows:
+            self.measurements.append_row(row)
+        for row in shapes:
+            self.shape.append_row(row)
+
     def append_norms(self, norms: np.ndarray) -> None:
         """Add the gradient norms of the next steps to the history."""
-        self.still_ours()
+        self.owner.check_still()
         self.norms.append_norms(norms)
 
     def save_omega(self, omega: np.ndarray, step: int) -> None:
         """Keep ω of step `step`, flat float32, and show its histogram in wandb."""
-        self.still_ours()
+        self.owner.check_still()
         path = self.directory / "omega.npy"
         with replacing(path) as file:
             np.save(file, omega, allow_pickle=False)
@@ -159,7 +146,7 @@ class Record:
 
         Raises OSError if a file was changed that cannot be restored, and that --resume makes again.
         """
-        self.still_ours()
+        self.owner.check_still()
         if self._write_about():
             warn(f"something else changed {self.directory / 'args.json'}; it is restored")
         for file in self.growing:
@@ -196,7 +183,7 @@ class Record:
 
     def save_checkpoint(self, content: dict) -> None:
         """Write a checkpoint of tensors and plain values, with what this record needs to go on from it."""
-        self.still_ours()
+        self.owner.check_still()
         for file in self.growing:
             file.sync()  # what the checkpoint counts on must be on disk before it
         content = content | {"args": plain(vars(self.args)), "seconds": self.elapsed()}

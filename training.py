@@ -3,7 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -19,56 +19,9 @@ from measure.gradients import gradient_norm, unchanged
 from models.recomputed import save_memory
 from record import Record
 from utils import Signals
+from windows import Sums, Window
 
 WINDOW = 200  # steps between two readings of the device, at most
-
-
-@dataclass
-class Window:
-    """What consecutive steps measured: arrays with one entry a step.
-
-    steps: their numbers, from 1. losses: mean cross-entropy of the mini-batch, before the update. norms: ‖g_t‖
-    over all parameters. hits: images classified correctly. sizes: images in the mini-batch.
-    """
-
-    steps: np.ndarray
-    losses: np.ndarray
-    norms: np.ndarray
-    hits: np.ndarray
-    sizes: np.ndarray
-
-    def until(self, step: int) -> "Window":
-        """The part up to and including step number `step`."""
-        n = int(np.searchsorted(self.steps, step, side="right"))
-        return Window(self.steps[:n], self.losses[:n], self.norms[:n], self.hits[:n], self.sizes[:n])
-
-
-@dataclass
-class Sums:
-    """What has been added up over steps, of a run or of an epoch: plain numbers, for they go into checkpoints."""
-
-    steps: int = 0
-    images: int = 0
-    loss: float = 0.0  # of each image
-    hits: float = 0.0
-    norm: float = 0.0
-    max_norm: float = 0.0
-
-    def add(self, window: Window) -> None:
-        """Add the steps of a window."""
-        self.steps += len(window.steps)
-        self.images += int(window.sizes.sum())
-        self.loss += float(window.losses @ window.sizes)
-        self.hits += float(window.hits.sum())
-        self.norm = float(self.running_norms(window)[-1])
-        self.max_norm = max(self.max_norm, float(window.norms.max()))
-
-    def running_norms(self, window: Window) -> np.ndarray:
-        """The sum of ‖g_t‖ over all steps up to each step of `window`, added one by one in float64.
-
-        Its cost does not grow with the number of steps before.
-        """
-        return np.cumsum(np.append(self.norm, window.norms))[1:]
 
 
 class Training:
@@ -76,7 +29,8 @@ class Training:
 
     step: updates made. total, epoch: sums over the steps committed, of the run and of its present epoch. results:
     of the experiment, plain Python values. outcome: how it has ended, see `stop`. diverged_at: number of the first
-    step whose loss or gradient was not finite.
+    step whose loss or gradient was not finite. before_step: called before every update. attached: what an experiment
+    adds, by name, with state_dict(); attached_state: what a checkpoint held of it.
     """
 
     def __init__(self, args: Namespace, data: Data, record: Record | None, signals: Signals | None):
@@ -96,6 +50,7 @@ class Training:
         self.step, self.last, self.read_at = 0, ENDLESS, set()
         self.total, self.epoch, self.results = Sums(), Sums(), {}
         self.outcome, self.diverged_at = None, None
+        self.before_step, self.attached, self.attached_state = None, {}, {}
         self.window, self.filled = torch.zeros(WINDOW, 3, device=data.device), 0
         self.next_checkpoint = time.monotonic() + args.checkpoint_every
 
@@ -159,7 +114,14 @@ class Training:
         """The precision of forward passes: bfloat16 where that is safe under --precision bf16, else untouched."""
         return torch.autocast(self.data.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The mini-batch that the next step takes."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        return next(self.data.epoch(epoch, self.args.batchsize, start))
+
     def _advance(self, x: Tensor, y: Tensor) -> None:
+        if self.before_step:
+            self.before_step()
         self.window[self.filled] = self.train_step(x, y)
         self.filled += 1
         self.step += 1
@@ -221,6 +183,7 @@ class Training:
             "total": asdict(self.total),
             "epoch": asdict(self.epoch),
             "results": self.results,
+            "attached": {name: each.state_dict() for name, each in self.attached.items()},
         }
         self.record.save_checkpoint(content)
         self.next_checkpoint = time.monotonic() + self.args.checkpoint_every
@@ -236,12 +199,16 @@ class Training:
             if self.data.device.type == "cuda":
                 torch.cuda.set_rng_state(state, self.data.device)
         self.step, self.results = content["step"], content["results"]
+        self.attached_state = content["attached"]
         self.total, self.epoch = Sums(**content["total"]), Sums(**content["epoch"])
 
     # --- rows of metrics.csv ---
 
-    def log_window(self, window: Window) -> None:
-        """Record the mean, minimum and maximum over a committed window, so that no excursion hides."""
+    def log_window(self, window: Window, shown: dict | None = None) -> None:
+        """Record the mean, minimum and maximum over a committed window, so that no excursion hides.
+
+        shown: what the dashboard is to show beside them.
+        """
         row = {
             "training_loss": float(window.losses @ window.sizes / window.sizes.sum()),
             "g-norm": float(window.norms.mean()),
@@ -249,11 +216,11 @@ class Training:
             "max_g-norm": float(window.norms.max()),
             "ave-norm": self.total.norm / self.total.steps,
         }
-        self.log(row)
+        self.log(row, shown)
 
-    def log(self, row: dict) -> None:
+    def log(self, row: dict, shown: dict | None = None) -> None:
         """Record one row at the last step committed; as a line of progress too where an epoch or the run ends."""
         step = self.total.steps
         row = {"steps": step, "epoch": step / self.steps_per_epoch} | row
         over = step % self.steps_per_epoch == 0 or step >= self.last or self.outcome is not None
-        self.record.log(row, show=over)
+        self.record.log(row, over, shown or {})

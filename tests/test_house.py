@@ -12,12 +12,13 @@ FILES = sorted(p for p in ROOT.glob("**/*.py") if p.relative_to(ROOT).parts[0] n
 # From the experiments down to what everybody may use; a module imports from rows below its own, or of its package.
 LAYERS = [
     {"figures", "bench", "main", "scripts"},
-    {"training", "report"},
-    {"record", "graphed", "shb", "data", "measure"},
-    {"checkpoints", "dashboard"},
+    {"sampling", "report"},
+    {"training"},
+    {"record", "graphed", "shb", "data", "measure", "windows"},
+    {"checkpoints", "dashboard", "owner"},
     {"utils", "state"},
     {"arguments"},
-    {"datasets", "models"},
+    {"datasets", "models", "converters"},
     {"files", "messages"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
