@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from theory import OPTIMIZERS, beta_hat, c_squared_from_b, critical_batch_size_bound, degree_of_smoothing
+from report.theory import OPTIMIZERS, beta_hat, c_squared_from_b, critical_batch_size_bound, degree_of_smoothing
 
 
 @pytest.mark.parametrize(

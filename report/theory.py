@@ -1,4 +1,4 @@
-"""The paper's formulas: degree of smoothing, critical batch size, C² from a measured one, and the rule to stop by.
+"""The paper's formulas: degree of smoothing, critical batch size, and C² from a measured one.
 
 Symbols, the same everywhere below (sources: section 3 of the paper, arXiv 2402.02325v3, unless said):
   lr      η, learning rate, > 0                        batch_size  b, samples in a step, > 0
@@ -17,10 +17,14 @@ OPTIMIZERS = ("sgd", "shb", "nshb")
 def _check(**arguments):
     for name, value in arguments.items():
         value = np.asarray(value, dtype=float)
-        low_ok = value >= 0 if name in ("beta", "c_squared", "k") else value > 0
-        if not np.all(low_ok & np.isfinite(value)) or (name == "beta" and np.any(value >= 1)):
-            sign = "in [0, 1)" if name == "beta" else ">= 0" if name in ("c_squared", "k") else "> 0"
-            raise ValueError(f"{name} is {value}; it must be finite and {sign}")
+        if name == "beta":
+            allowed, inside = "in [0, 1)", (value >= 0) & (value < 1)
+        elif name in ("c_squared", "k"):
+            allowed, inside = ">= 0", value >= 0
+        else:
+            allowed, inside = "> 0", value > 0
+        if not np.all(inside & np.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be finite and {allowed}")
 
 
 def beta_hat(beta):
@@ -57,12 +61,12 @@ def _bound_factor(optimizer, beta):
     _check(beta=beta)
     if optimizer == "sgd":
         return 1.0
+    if optimizer == "nshb":
+        return 1 / (1 - beta)
     if optimizer == "shb":
         if np.any(np.equal(beta, 0)):
             raise ValueError(f"beta is {beta}; SHB's bound of the critical batch size needs 0 < beta < 1")
         return (beta**2 - beta + 1) / (beta * (1 - beta) ** 2)
-    if optimizer == "nshb":
-        return 1 / (1 - beta)
     raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
 
 
@@ -85,13 +89,3 @@ def c_squared_from_b(optimizer, lr, batch_size, eps, beta=0.0):
     """
     _check(lr=lr, batch_size=batch_size, eps=eps)
     return batch_size * np.square(eps) / (lr * _bound_factor(optimizer, beta))
-
-
-def first_crossing(means, first, eps, first_check):
-    """Return the first step, not before `first_check`, at which the running mean of ‖g_t‖ is <= ε [paper, section 2].
-
-    means: of consecutive steps, beginning with step number `first`, an array. None if there is no such step.
-    """
-    start = max(0, first_check - first)
-    below = np.flatnonzero(means[start:] <= eps)
-    return first + start + int(below[0]) if below.size else None

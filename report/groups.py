@@ -1,0 +1,109 @@
+"""Which runs may share a figure: those of one data set, network, lr and β. What has no β, as SGD, joins every β."""
+
+import contextlib
+import statistics
+from dataclasses import dataclass
+
+import pandas as pd
+
+from report import published, theory
+from report.records import first_steps
+
+POINT = ["mode", "curve", "batch_size", "seed"]
+ABOUT = ["name", "optimizer", "batch_size", "seed", "diverged", "as_published", "first_check"]
+
+
+@dataclass
+class Group:
+    """Runs that may share figures.
+
+    beta: 0 if none has any. runs: as of `records.load`, but `optimizer` is the curve, in the order of figures.
+    crossings: see there. settings: {mode: what its runs share}. left_out: {name: reason}.
+    published: {optimizer: the paper's numbers}.
+    """
+
+    slug: str
+    title: str
+    lr: float
+    beta: float
+    runs: pd.DataFrame
+    crossings: pd.DataFrame
+    settings: dict
+    left_out: dict
+    published: dict
+
+
+def groups(runs):
+    """Return a list of the `Group`s that the DataFrame of `records.load` falls into."""
+    made = []
+    for (dataset, model, lr), same in runs.groupby(["dataset", "model", "lr"]):
+        slug, title = f"{dataset}_{model}_lr{lr:g}", f"{dataset}, {model}, lr {lr:g}"
+        betas = sorted(same["beta"].dropna().unique())
+        for beta in betas:
+            members = same[same["beta"].isna() | (same["beta"] == beta)]
+            paper = published.constants(dataset, model, lr, beta)
+            made.append(group(members, f"{slug}_beta{beta:g}", f"{title}, β {beta:g}", lr, float(beta), paper))
+        if not betas:
+            made.append(group(same, slug, title, lr, 0.0, published.constants(dataset, model, lr, None)))
+    return made
+
+
+def group(members, slug, title, lr, beta, paper):
+    """Return the `Group` of these members, without those that cannot share its figures.
+
+    Left out are a run that disagrees with most of its mode in `records.SHARED`, and a second run of one curve, batch
+    size and seed. Of two such runs the one that did not diverge, and went further, stays; `merge` adds what the other
+    knows of ε.
+    """
+    settings = members.groupby("mode")["settings"].agg(statistics.mode).to_dict()
+    members = members.sort_values(["diverged", "steps"], ascending=[True, False], kind="stable")
+    left_out, first = {}, {}
+    for run in members.to_dict("records"):
+        usual, point = settings[run["mode"]], tuple(run[key] for key in POINT)
+        if run["settings"] != usual:
+            left_out[run["name"]] = f"it has {run['settings']}; most of its mode have {usual}"
+        elif first.setdefault(point, run["name"]) != run["name"]:
+            left_out[run["name"]] = f"same optimizer, batch size and seed as {first[point]}"
+    order = [*theory.OPTIMIZERS, *sorted(set(members["curve"]) - set(theory.OPTIMIZERS))]
+    members = members.assign(optimizer=pd.Categorical(members["curve"], order, ordered=True))
+    alike = members[members["settings"] == members["mode"].map(settings)]
+    kept = alike[~alike["name"].isin(left_out)].sort_values("name")
+    return Group(slug, title, lr, beta, kept, crossings(alike), settings, left_out, paper)
+
+
+def crossings(runs):
+    """Return a DataFrame of one row an ε and critical run. Of runs of one POINT the first stays, with what all know.
+
+    Columns: ABOUT; eps; steps, to ε, without a value if it was not reached; checked: for so many steps.
+    """
+    rows = []
+    for _, same in runs[runs["mode"] == "critical"].groupby(POINT, sort=False):
+        kept, *others = same.to_dict("records")
+        known = {eps: (step, kept["steps"]) for eps, step in kept["to_eps"].items()}
+        for other in others:
+            merge(known, kept, other)
+        about = {key: kept[key] for key in ABOUT}
+        rows += [about | {"eps": eps, "steps": step, "checked": checked} for eps, (step, checked) in known.items()]
+    table = pd.DataFrame(rows, columns=[*ABOUT, "eps", "steps", "checked"])
+    kinds = runs[["optimizer", "diverged"]].dtypes.to_dict() | {"as_published": bool}
+    return table.astype(kinds | dict.fromkeys(("first_check", "steps", "checked"), "Int64"))
+
+
+def merge(known, kept, other):
+    """Add to what is `known` of the run `kept`, {ε: (step or None, checked)}, what `other`, its twin, knows.
+
+    An ε that only `other` was asked is read from the history of `kept`; without one, `other`'s answer stands, with
+    the steps that `other` ran. Where both were asked, `other` adds only a step beyond those that `kept` made. An
+    ε that `other` diverged without is unknown, unless `kept` diverged too.
+    """
+    unasked = [eps for eps in other["to_eps"] if eps not in known]
+    if unasked:
+        with contextlib.suppress(ValueError, OSError):  # without a sound history the answers of `other` are all
+            known |= {eps: (step, kept["steps"]) for eps, step in first_steps(kept, unasked).items()}
+    for eps, step in other["to_eps"].items():
+        if eps not in known:
+            adds = step is not None or other["diverged"] == kept["diverged"]
+        else:
+            adds = step is not None and known[eps][0] is None and step > known[eps][1]
+        if adds:
+            known[eps] = (step, other["steps"])

@@ -1,0 +1,130 @@
+"""report.md: the tables and figures of every group of runs, which runs they are of, and what is missing and why."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from files import replacing
+from report import axes, plots, tables
+
+METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
+
+NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
+# Each figure: the function, the tables it takes, and why there is none where it returns none.
+FIGURES = {
+    "steps": (plots.steps, ("steps", "constants", "published_steps"), "fewer than two b have steps to any ε"),
+    "accuracy": (plots.accuracy, ("points",), "fewer than two b have an accuracy"),
+    "delta": (plots.delta, ("points",), "fewer than two b have a δ, by the formula or measured"),
+    "accuracy_delta": (plots.accuracy_delta, ("points", "correlations"), "fewer than two points have accuracy and δ"),
+    "omega": (plots.omega, ("omega", "omega_histogram", "omega_qq"), "no sampling run with a sound omega.npy"),
+    "gradients": (plots.gradients, ("gradients", "runs", "crossings"), "no critical run with a sound history"),
+}
+POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
+NOTES = {"omega": POOLED}  # beneath the title of a figure
+# Each table of the report, and why there is none where it is empty. Those in FILES are written, but not shown.
+TABLES = {
+    "critical_batch_size": NO_STAR,
+    "points": "no runs",
+    "correlations": "fewer than three points with accuracy and δ, or all equal",
+    "steps": "no critical run says anything of ε",
+    "omega": "no sampling run that did not diverge",
+}
+FILES = ("omega_histogram", "omega_qq", "gradients")
+# Why columns of a table have no value ("–"), told beneath the table.
+NO_K = "no run that did not diverge measured a full gradient"
+MISSING = {
+    NO_STAR: "b_star edge range critical_seeds undecided",
+    "no ε has a b*, or there is no formula (see runs, below)": "bound reference_eps c_squared c_squared_from",
+    NO_K: "k k_run k_step",
+    "the paper gives none": "published_b_star published_c_squared published_k published",
+    "no normal run that did not diverge": "accuracy best_accuracy training_loss",
+    "the paper gives none, or our runs are not all of 200 epochs in default precision": "published_accuracy",
+    "no C², or for SHB no K (see runs, below)": "delta_formula delta_formula_from",
+    "the paper gives no C²": "delta_published_constants",
+    "no sampling run that did not diverge": "delta_measured",
+    "no step of a run that did not diverge": "max_minibatch_norm",
+    "every seed diverged before ε": "steps steps_are sfo",
+    "nothing published, or not all of ours measured with the published settings": "ratio",
+    "only the ω drawn are read whole": "beyond_6_std",
+}
+WHY = {column: why for why, columns in MISSING.items() for column in columns.split()}
+HEADINGS = {"max_minibatch_norm": "largest mini-batch gradient norm"}
+
+
+def text(value):
+    """Return a cell of a Markdown table: "–" for what is missing, four digits of a number."""
+    if pd.isna(value):
+        return "–"
+    if isinstance(value, str):
+        return value
+    return format(value, ".4g" if abs(value) < 1e4 else ".0f")
+
+
+def markdown(table):
+    """Return a DataFrame as a Markdown table without its empty columns; a band is one cell, mean [min, max].
+
+    Beneath it stands why a value is missing ("–"), from WHY; an empty text is an empty cell.
+    """
+    shown, missing = {}, {}
+    for column in table.columns[~table.columns.str.endswith(("_min", "_max"))]:
+        key, cells = column, table[column].map(text)
+        stem = column.removesuffix("_mean")
+        if f"{stem}_min" in table:
+            key, low, high = stem, table[f"{stem}_min"].map(text), table[f"{stem}_max"].map(text)
+            cells = cells.where(low == high, cells + " [" + low + ", " + high + "]")
+        head = HEADINGS.get(key, key.replace("_", " "))
+        if not cells.isin(["", "–"]).all():
+            shown[head] = cells
+            if "–" in cells.to_list():
+                missing.setdefault(WHY.get(key, "not known"), []).append(head)
+    lines = [list(shown), ["---"] * len(shown), *zip(*shown.values(), strict=True)]
+    notes = "".join(f"\n– in {', '.join(heads)}: {why}.\n" for why, heads in missing.items())
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + notes
+
+
+def bullets(lines):
+    """Return the lines as a Markdown list, "none" if there are none."""
+    return "".join(f"- {line}\n" for line in lines or ["none"])
+
+
+def tell_runs(group, constants):
+    """Return the lines that say which runs a Group's figures are of, and which K and δ came of them."""
+    lines = [f"{mode} runs: {shared}" for mode, shared in sorted(group.settings.items())]
+    for row in constants.drop_duplicates("optimizer").to_dict("records"):
+        name = row["optimizer"].upper()
+        if row["k"] is not None:
+            lines.append(f"K of {name}: {row['k']:.4g}, ‖∇f‖ at step {row['k_step']:g} of {row['k_run']}")
+        if row["c_squared"] is None:
+            why = tables.why_no_formula(row["optimizer"], group.beta) or "no ε has a b*"
+            lines.append(f"not drawn: the formula's δ of {name}: no C²: {why}")
+        elif row["optimizer"] == "shb" and row["k"] is None:
+            lines.append(f"not drawn: the formula's δ of {name}: it needs K: {NO_K}")
+    lost = group.runs["diverged"].map({True: "diverged: ", False: "used: "})
+    return lines + list(lost + group.runs["name"])
+
+
+def write(group, out):
+    """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
+    made, unsound = tables.measure(group)
+    page, lines = f"\n## {group.slug}\n", [f"{group.slug}: {len(group.runs)} runs used"]
+    for name, (draw, needed, why) in FIGURES.items():
+        with axes.style():
+            fig = draw(*(made[table] for table in needed))
+            if fig:
+                axes.save(out / f"{group.slug}_{name}", fig, group.title + NOTES.get(name, ""))
+                page += f"\n![{name}]({group.slug}_{name}.png)"
+            else:
+                lines.append(f"not drawn: {name}: {why}")
+    for name, why in TABLES.items():
+        if len(made[name]):
+            page += f"\n\n### {name.replace('_', ' ')}\n\n{markdown(made[name])}"
+        else:
+            lines.append(f"no table: {name}: {why}")
+    for name in (*TABLES, *FILES):
+        if len(made[name]):
+            with replacing(out / f"{group.slug}_{name}.csv") as file:
+                file.write(made[name].to_csv(index=False, lineterminator="\n").encode())
+    lines += tell_runs(group, made["constants"])
+    lines += [f"left out: {name}: {reason}" for name, reason in (group.left_out | unsound).items()]
+    print(*lines, sep="\n")
+    return page + "\n### runs\n\n" + bullets(lines)

@@ -1,0 +1,208 @@
+"""The records of runs as a pandas DataFrame, one row a run. Reads files only, never wandb, and trusts none of them.
+
+In a notebook: `runs = report.records.load("runs")`.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from datasets import DATASETS
+from files import read_json
+from report import published
+from state import first_crossing
+
+PARTS = ("noise_norm", "gradient_noise_norm", "direction_norm", "full_gradient_norm", "cosine")
+OMEGA = ("omega_mean", "omega_std", "omega_skewness", "omega_excess_kurtosis", "omega_entries")
+# What a run of each mode must have measured, unless it diverged.
+NEEDED = {
+    "normal": ("accuracy", "best_accuracy", "training_loss", "max_gradient_norm"),
+    "critical": ("max_gradient_norm",),
+    "sampling": ("delta", "noise_norm", "full_gradient_norm", *OMEGA),
+}
+RESULTS = list(dict.fromkeys([key for keys in NEEDED.values() for key in keys] + [*PARTS]))  # always have a column
+# The arguments in which all runs of one mode must agree to share a figure.
+SHARED = {
+    "normal": ("epochs", "max_steps", "precision"),
+    "critical": ("min_epochs", "precision"),
+    "sampling": ("steps", "max_steps", "full_grad_batchsize", "precision"),
+}
+NAME = r"\w[\w.+-]{0,99}"  # becomes part of file names
+HUGE = 1e300
+
+
+def load(runs_dir):
+    """Return the runs that ended below `runs_dir`, at any depth, as a DataFrame of one row a run.
+
+    What is unfinished or damaged is left out, and printed: `left out: NAME: REASON`.
+    Columns: name (the folder's, below runs_dir), folder (Path), mode, status, diverged (bool), steps, args (dict of
+    all arguments), and of these dataset, model, optimizer, lr, batch_size, seed; beta, without a value for SGD and
+    where none is recorded; nu, only of optimizers other than the paper's three; curve, the optimizer with its ν: what
+    runs of one curve share. to_eps: {ε: first step or None}; first_check: the first step at which ε was looked at.
+    Every number of the results has a column of its own, without a value where a run has none.
+    `gradient_norms` and `omega` read the large files of one run.
+    """
+    runs, left_out = read(runs_dir)
+    for run, reason in left_out.items():
+        print(f"left out: {run}: {reason}")
+    return runs
+
+
+def read(runs_dir):
+    """Return (the DataFrame of `load`, {name: reason} of the runs left out)."""
+    rows, left_out = [], {}
+    files = [path for path in Path(runs_dir).rglob("*.json") if path.name in ("args.json", "summary.json")]
+    for folder in sorted({path.parent for path in files}):
+        run_name = ascii(str(folder.relative_to(runs_dir)))[1:-1]  # control characters must not reach a terminal
+        try:
+            rows.append(read_run(folder, run_name))
+        except (ValueError, TypeError, OSError) as error:
+            left_out[run_name] = str(error)[:200]
+    runs = pd.DataFrame(rows)
+    return runs.reindex(columns=runs.columns.union(RESULTS, sort=False)), left_out
+
+
+def read_run(folder, run_name):
+    """Return the row of one run as a dict. ValueError, TypeError or OSError for whatever is wrong with its record."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise ValueError("unfinished, it has no summary.json")
+    if path.stat().st_size > 1 << 20:
+        raise ValueError("summary.json is larger than 1 MiB")
+    summary = read_json(path)
+    args, results = summary.get("args"), summary.get("results")
+    if not isinstance(args, dict) or not isinstance(results, dict):
+        raise ValueError("summary.json is not an object that holds args and results")
+    mode = name(summary, "mode", "|".join(NEEDED))
+    status = name(summary, "status", "finished|not_reached|diverged")
+    diverged = status == "diverged"
+    steps = number(summary, "steps", 0 if diverged or mode == "sampling" else 1, 1e12, whole=True)
+    run = {"name": run_name, "folder": folder, "mode": mode, "status": status, "diverged": diverged, "steps": steps}
+    run |= {key: name(args, key) for key in ("dataset", "model", "optimizer")}
+    run |= {"lr": six_digits(number(args, "lr", 1 / HUGE, HUGE))} | momentum(args)
+    run |= {"batch_size": number(args, "batchsize", 1, 1e6, whole=True)}
+    run |= {"seed": number(args, "seed", 0, 2**63, whole=True), "args": args}
+    run["settings"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in SHARED[mode])
+    run["as_published"] = all(args.get(key) == value for key, value in published.SETTINGS[mode].items())
+    run |= {"first_check": None, "to_eps": {}}
+    if mode == "critical":
+        run |= {"first_check": first_check(run, summary), "to_eps": to_eps(results, steps)}
+    needed = () if diverged else NEEDED[mode]
+    measured = [key for key in ("max_gradient_norm", *PARTS) if results.get(key) is not None]
+    for key in (*needed, *measured):
+        number(results, key, 0 if key.endswith("norm") else -HUGE, HUGE, whole=key == "omega_entries")
+    for key, value in results.items():
+        if key not in run and type(value) in (int, float) and abs(value) < HUGE:
+            run[key] = float(value)
+    return run
+
+
+def name(mapping, key, allowed=NAME):
+    """Return mapping[key] if it is a text that the regular expression `allowed` matches; else ValueError."""
+    value = mapping.get(key)
+    if isinstance(value, str) and re.fullmatch(allowed, value):
+        return value
+    raise ValueError(f"{key} is {value!r:.40}, allowed is {allowed}")
+
+
+def number(mapping, key, low, high, whole=False):
+    """Return mapping[key] if it is a number in [low, high), an int if `whole`; else ValueError."""
+    value = mapping.get(key)
+    if type(value) in ((int,) if whole else (int, float)) and low <= value < high:
+        return value
+    raise ValueError(f"{key} is {value!r:.40}, allowed is a {'whole ' * whole}number in [{low:g}, {high:g})")
+
+
+def six_digits(value):
+    """Return the value that is meant: 0.1 · (1 − 0.9), in floats, is 0.01 to everyone."""
+    return float(f"{value:.6g}")
+
+
+def momentum(args):
+    """Return beta, nu and curve of a run: of SGD neither, of SHB and NSHB beta, of others what is recorded."""
+    optimizer, beta, nu = args["optimizer"], np.nan, np.nan
+    if args.get("beta1") is not None or optimizer in ("shb", "nshb"):
+        beta = six_digits(number(args, "beta1", 0, 1))
+    if optimizer in ("sgd", "shb", "nshb") or args.get("nu") is None:
+        return {"beta": np.nan if optimizer == "sgd" else beta, "nu": nu, "curve": optimizer}
+    nu = six_digits(number(args, "nu", -HUGE, HUGE))
+    return {"beta": beta, "nu": nu, "curve": f"{optimizer} nu {nu:g}"}
+
+
+def first_check(run, summary):
+    """Return the first step at which ε is looked at: the end of --min_epochs epochs, 1 at least.
+
+    The steps of an epoch follow from the training images; of a data set unknown here, from those of the whole run.
+    """
+    epoch = 1
+    if run["dataset"] in DATASETS:
+        epoch = -(-DATASETS[run["dataset"]].train_images // run["batch_size"])
+    elif run["steps"]:
+        epoch = max(1, round(run["steps"] / number(summary, "epochs", 1e-9, HUGE)))
+    return max(1, int(number(summary["args"], "min_epochs", 0, 1e9) * epoch))
+
+
+def to_eps(results, steps):
+    """Return {ε: first step with a mean gradient norm of at most ε, or None} from the results of a critical run."""
+    reached = results.get("steps_to_eps")
+    if not isinstance(reached, dict) or not reached:
+        raise ValueError("steps_to_eps is not an object with entries")
+    known = {}
+    for key, step in reached.items():
+        eps = number({"eps": float(key)}, "eps", 1 / HUGE, HUGE)
+        known[eps] = None if step is None else number(reached, key, 1, steps + 1, whole=True)
+    return known
+
+
+def gradient_norms(folder, steps):
+    """Return ‖g_t‖ of every step of a critical run, float32 (steps,). ValueError or OSError where it is not sound."""
+    path = folder / "gradient_norms.f32"
+    if not path.is_file() or path.stat().st_size != 4 * steps:
+        raise ValueError(f"gradient_norms.f32 does not hold {steps} float32")
+    norms = np.fromfile(path, "<f4")
+    if not np.all(np.isfinite(norms) & (norms >= 0)):
+        raise ValueError("gradient_norms.f32 is not all finite and >= 0")
+    return norms
+
+
+def omega(folder, entries):
+    """Return ω of a sampling run, float32 (entries,), from omega.npy. ValueError or OSError where it is not sound."""
+    path = folder / "omega.npy"
+    if not path.is_file():  # a pipe, for instance, would be waited for
+        raise ValueError("omega.npy is no regular file, or missing")
+    try:
+        values = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+    except OverflowError as error:
+        raise ValueError(f"omega.npy is damaged ({error})") from error
+    if values.dtype != np.float32 or values.shape != (entries,):
+        raise ValueError(f"omega.npy is {values.dtype} {values.shape}, not float32 (omega_entries,)")
+    return values
+
+
+def first_steps(run, every_eps):
+    """Return {ε: first step or None} for any ε, by main.py's rule, from the history of `run`, a row as a dict.
+
+    The rule: the first step, from the first check on, at which the mean of all norms so far (float64) is at most ε.
+    Raises what `gradient_norms` does.
+    """
+    sums = np.cumsum(gradient_norms(run["folder"], run["steps"]), dtype=np.float64)
+    means = sums / np.arange(1, len(sums) + 1)
+    return {eps: first_crossing(means, 1, eps, int(run["first_check"])) for eps in every_eps}
+
+
+def with_eps(runs, wanted):
+    """Return (runs whose to_eps answers for the ε in `wanted` and no other, {run and ε: why it cannot answer})."""
+    every, unable = [], {}
+    for run in runs.to_dict("records"):
+        known = {eps: step for eps, step in run["to_eps"].items() if eps in wanted}
+        missing = [eps for eps in wanted if eps not in known]
+        try:
+            if missing and run["mode"] == "critical":
+                known |= first_steps(run, missing)
+        except (ValueError, OSError) as error:
+            shown = ", ".join(f"{eps:g}" for eps in missing)
+            unable[f"{run['name']} (ε = {shown} only)"] = f"not in its record, and {error}"
+        every.append(known)
+    return runs.assign(to_eps=every), unable

@@ -1,0 +1,222 @@
+"""The numbers of a group of runs as DataFrames: steps, b*, C², K, δ and correlations.
+
+Bands over seeds are three columns: NAME_mean, NAME_min, NAME_max. Their values are missing where no seed has one.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from report import details, published, theory
+
+DELTAS = ("delta_formula", "delta_measured_mean")  # the columns of `points` that accuracy is set against
+
+
+def measure(group):
+    """Return ({name: DataFrame} of all that is known of a Group, {run: why a file of its was not used})."""
+    runs, made = group.runs, {"runs": group.runs, "crossings": group.crossings}
+    made["published_steps"] = published.shb_steps(group.published)
+    made["steps"] = steps(group.crossings, made["published_steps"])
+    made["constants"] = constants(runs, made["steps"], group.lr, group.beta, group.published)
+    stars = made["constants"].dropna(subset="eps")
+    made["critical_batch_size"] = stars if stars["b_star"].notna().any() else stars[:0]
+    made["points"] = points(runs, made["constants"], group.lr, group.beta, group.published)
+    made["correlations"] = correlations(made["points"])
+    spread, no_omega = details.spread_of_omegas(runs)
+    made["omega"] = details.omega(runs, spread.pop("shares"))
+    made["gradients"], no_history = details.gradients(runs)
+    return made | spread, no_omega | no_history
+
+
+def band(groups, column):
+    """Return mean, least and greatest of a column over the seeds of each group, as three columns."""
+    low, high = groups[column].min(), groups[column].max()
+    mean = groups[column].agg(lambda seeds: seeds.dropna().astype(float).mean()).astype(float)
+    mean = mean.clip(low.astype(float), high.astype(float))  # rounding can put the mean of equal values beside them
+    return pd.DataFrame({f"{column}_mean": mean, f"{column}_min": low, f"{column}_max": high})
+
+
+def steps(crossings, published_steps):
+    """Return one row per optimizer, b and ε: steps to ε and SFO complexity (= steps × b) over seeds.
+
+    A seed that did not reach ε enters with the steps it was checked for; one that diverged before counts in
+    `critical_seeds` but has no steps. at_first_check: seeds whose mean was ≤ ε when first looked at, after
+    --min_epochs, so that their steps are only an upper bound. checked: the steps of the runs that the row is from.
+    ratio: ours / published, where all of it is measured, with the published settings.
+    """
+    reached = crossings["steps"].notna()
+    missed = ~reached & ~crossings["diverged"]
+    early = (crossings["steps"].fillna(0) == crossings["first_check"]) & (crossings["first_check"] > 1)
+    known = crossings["steps"].where(reached, crossings["checked"].where(missed))
+    facts = crossings.assign(reached=reached, missed=missed, early=early, steps=known)
+    facts["sfo"] = known * facts["batch_size"]
+    seeds = facts.groupby(["optimizer", "batch_size", "eps"], observed=True)
+    missed, early = seeds["missed"].sum(), seeds["early"].sum()
+    table = pd.DataFrame({"critical_seeds": seeds.size(), "reached": seeds["reached"].sum()})
+    table["diverged"] = table["critical_seeds"] - table["reached"] - missed
+    table["at_first_check"] = early
+    table = table.join(band(seeds, "steps"))
+    counts = zip(table["reached"], missed, early, strict=True)
+    table["steps_are"] = pd.Series([standing(*count) for count in counts], table.index, dtype=object)
+    table = table.join([band(seeds, "sfo"), band(seeds, "checked"), seeds["as_published"].all()]).reset_index()
+    theirs = published_steps.astype({"steps": "Int64"}).set_index(["eps", "batch_size"])["steps"]
+    theirs = theirs.reindex(pd.MultiIndex.from_frame(table[["eps", "batch_size"]])).reset_index(drop=True)
+    table["published"] = theirs.where(table["optimizer"] == "shb")
+    whole = (table["reached"] == table["critical_seeds"]) & (table["at_first_check"] == 0) & table.pop("as_published")
+    table["ratio"] = (table["steps_mean"] / table["published"].astype(float)).where(whole)
+    table.insert(1, "eps", table.pop("eps"))
+    return table
+
+
+def standing(reached, missed, early):
+    """Return what a mean of steps is, by the counts of its seeds; None if there is none. early: at the first check."""
+    if reached + missed == 0:
+        return None
+    if missed and early:
+        return "undetermined"
+    if missed:
+        return "lower bound"
+    return "upper bound" if early else "measured"
+
+
+def critical_batch_size(rows):
+    """Return b* and its uncertainty, a dict, from one optimizer's and ε's rows of `steps`; {} if it has none.
+
+    Eligible are the points all of whose seeds reached ε, and after the first check; two at least. range: the b
+    whose seeds' SFO overlaps that at b*; none for one seed. undecided: the b that are not eligible and whose SFO
+    may be as small. edge: "<=" or ">=" where the next b below or above b* is not known to need more, so that b* is
+    only a bound; "?" where neither is.
+    """
+    rows = rows.sort_values("batch_size", ignore_index=True)
+    whole = (rows["reached"] == rows["critical_seeds"]) & (rows["at_first_check"] == 0)
+    if whole.sum() < 2:
+        return {}
+    at = rows["sfo_mean"][whole].idxmin()  # of equal ones, the smallest b
+    best, limit = rows.loc[at], rows["sfo_max"][at]
+    least = rows["sfo_mean"].where(rows["at_first_check"] == 0).fillna(0)
+    undecided = ~whole & (least <= limit)
+    near = whole & (rows["sfo_min"] <= limit).fillna(False) & (best["critical_seeds"] > 1)
+    open_below = at == 0 or undecided[at - 1]
+    open_above = at == len(rows) - 1 or undecided[at + 1]
+    edge = "<=" if open_below else ">=" if open_above else ""
+    return {
+        "b_star": int(best["batch_size"]),
+        "edge": "?" if open_below and open_above else edge,
+        "range": " ".join(rows["batch_size"][near].astype(str)),
+        "critical_seeds": int(best["critical_seeds"]),
+        "undecided": " ".join(rows["batch_size"][undecided].astype(str)),
+    }
+
+
+def largest_full_gradient(runs):
+    """Return K = max ‖∇f‖ as {k, k_run, k_step}, over the measured full gradients of runs that did not diverge.
+
+    A run has measured one if its results hold full_gradient_norm, at its last step; until now those of sampling.
+    A largest mini-batch norm is no stand-in: at small b it is many times as large.
+    """
+    norms = runs["full_gradient_norm"][~runs["diverged"]].dropna()
+    if norms.empty:
+        return {"k": None, "k_run": None, "k_step": None}
+    run = runs.loc[norms.idxmax()]
+    return {"k": float(norms.max()), "k_run": run["name"], "k_step": int(run["steps"])}
+
+
+def constants(runs, rows, lr, beta, paper):
+    """Return one row per optimizer and ε: b*, the estimated C² and K, and the bound, beside the published.
+
+    rows: of `steps`. paper: {optimizer: published numbers}. C² comes from b* at one reference ε per optimizer, the
+    smallest with a b* inside the grid, or else with any (c_squared_from says which b*); there the bound equals b* by
+    construction, elsewhere it is a prediction. Without a formula for the optimizer there are neither.
+    """
+    table = []
+    for optimizer, mine in runs.groupby("optimizer", observed=True):
+        by_eps = rows[rows["optimizer"] == optimizer].groupby("eps")
+        stars = {eps: critical_batch_size(part) for eps, part in by_eps}
+        usable = sorted((star["edge"] != "", eps) for eps, star in stars.items() if star)
+        reference, c_squared, source = None, None, None
+        if usable and why_no_formula(optimizer, beta) is None:
+            reference = usable[0][1]
+            star = stars[reference]
+            source = f"b* {star['edge'] or '='} {star['b_star']}"
+            c_squared = float(theory.c_squared_from_b(optimizer, lr, star["b_star"], reference, beta))
+        theirs = paper.get(optimizer, {})
+        for eps in stars or [None]:
+            row = {"optimizer": optimizer, "eps": eps, "b_star": None} | stars.get(eps, {}) | {"bound": None}
+            if c_squared is not None:
+                row["bound"] = float(theory.critical_batch_size_bound(optimizer, lr, c_squared, eps, beta))
+            row |= {"reference_eps": reference, "c_squared": c_squared, "c_squared_from": source}
+            row |= largest_full_gradient(mine) | {"published_b_star": theirs.get("b_star", {}).get(eps)}
+            table.append(row | {f"published_{key}": theirs.get(key) for key in ("c_squared", "k")})
+    return pd.DataFrame(table, dtype=object)
+
+
+def why_no_formula(optimizer, beta):
+    """Return why neither C² nor the bound of an optimizer can be computed; None if they can."""
+    if optimizer not in theory.OPTIMIZERS:
+        return "no formula is known for this optimizer"
+    if optimizer == "shb" and beta == 0:
+        return "SHB's bound is singular at β = 0"
+    return None
+
+
+def points(runs, constants, lr, beta, paper):
+    """Return one row per optimizer and b: accuracy (%) and training loss over seeds, and δ three ways.
+
+    delta_formula: with our C² and K; delta_published_constants: with the paper's; delta_measured: lr × ‖ω‖.
+    published_accuracy is of 200 epochs, and only shown beside runs of as many. max_minibatch_norm: the largest
+    ‖g_t‖ of any run that did not diverge, in any mode.
+    """
+    lost, normal, sampling = runs["diverged"], runs["mode"] == "normal", runs["mode"] == "sampling"
+    facts = runs[["optimizer", "batch_size"]].assign(
+        normal_seeds=normal,
+        normal_diverged=normal & lost,
+        sampling_seeds=sampling,
+        sampling_diverged=sampling & lost,
+        delta_measured=runs["delta"].where(sampling & ~lost),
+        critical_seeds=runs["mode"] == "critical",
+        max_minibatch_norm=runs["max_gradient_norm"].where(~lost),
+        comparable=~(normal & ~lost) | runs["as_published"].astype(bool),
+    )
+    results = ["accuracy", "best_accuracy", "training_loss"]
+    facts[results] = runs[results].where(normal & ~lost)
+    seeds = facts.groupby(["optimizer", "batch_size"], observed=True)
+    table = seeds[["normal_seeds", "normal_diverged"]].sum()
+    for key in results:
+        table = table.join(band(seeds, key))
+    comparable = seeds["comparable"].all() & table["accuracy_mean"].notna()
+    accuracy = [paper.get(optimizer, {}).get("accuracy", {}).get(b) for optimizer, b in table.index]
+    table["published_accuracy"] = pd.Series(accuracy, table.index, dtype="Int64").where(comparable)
+    ours = constants.drop_duplicates("optimizer").set_index("optimizer").to_dict("index")
+    table["delta_formula"] = [delta(*point, lr, beta, ours) for point in table.index]
+    table["delta_published_constants"] = [delta(*point, lr, beta, paper) for point in table.index]
+    source = [ours[optimizer]["c_squared_from"] for optimizer, _ in table.index]
+    table["delta_formula_from"] = pd.Series(source, table.index, dtype=object).where(table["delta_formula"].notna())
+    table = table.join(seeds[["sampling_seeds", "sampling_diverged"]].sum()).join(band(seeds, "delta_measured"))
+    return table.join(seeds["critical_seeds"].sum()).join(seeds["max_minibatch_norm"].max()).reset_index()
+
+
+def delta(optimizer, b, lr, beta, constants):
+    """Return δ by the formula, with C² and K from {optimizer: {c_squared, k}}; NaN where one it needs is missing."""
+    c_squared, k = (constants.get(optimizer, {}).get(key) for key in ("c_squared", "k"))
+    if c_squared is None or (k is None and optimizer == "shb"):  # K is in SHB's δ only
+        return np.nan
+    return float(theory.degree_of_smoothing(optimizer, lr, b, c_squared, k or 0.0, beta))
+
+
+def correlations(points):
+    """Return Pearson's r and Spearman's ρ of mean accuracy with δ, over the points (optimizer, b), and how many.
+
+    A point one of whose seeds diverged has no accuracy that stands for it, and is left out; so is what has
+    fewer than three points, or only equal ones.
+    """
+    rows, points = [], points[points["normal_diverged"] == 0]
+    parts = [*points.groupby("optimizer", observed=True), ("all", points)]
+    for key in DELTAS:
+        for who, part in parts:
+            pairs = part[[key, "accuracy_mean"]].dropna()
+            if len(pairs) < 3 or pairs.nunique().min() < 2:
+                continue
+            row = {"delta": key.removesuffix("_mean"), "optimizer": who, "points": len(pairs)}
+            row["pearson"] = float(stats.pearsonr(pairs[key], pairs["accuracy_mean"])[0])
+            rows.append(row | {"spearman": float(stats.spearmanr(pairs[key], pairs["accuracy_mean"])[0])})
+    return pd.DataFrame(rows)
