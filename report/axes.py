@@ -1,7 +1,5 @@
 """What the figures have in common: looks, axes, marks, bands, and the file with its legend."""
 
-import itertools
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
@@ -9,14 +7,9 @@ from matplotlib import ticker
 from files import replacing
 
 # Okabe–Ito colours; markers and dashes tell the curves apart in grey too.
-LOOKS = [
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": ":"},
-    {"color": "#CC79A7", "marker": "D", "linestyle": "-."},
-    {"color": "#56B4E9", "marker": "v", "linestyle": (0, (8, 2))},
-    {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 3))},
-]
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     "figure.constrained_layout.use": True,
@@ -35,9 +28,26 @@ def style():
     return plt.rc_context(STYLE)
 
 
+def nth_look(i):
+    """Return colour, marker and dashes of the i-th curve; of 36 no two are alike."""
+    other = i + i // len(COLORS)
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "marker": MARKERS[other % len(MARKERS)],
+        "linestyle": DASHES[other % len(DASHES)],
+    }
+
+
 def looks(optimizers):
     """Return {optimizer: look} for a Categorical column of a Group: the same in all its figures."""
-    return dict(zip(optimizers.cat.categories, itertools.cycle(LOOKS), strict=False))
+    return {optimizer: nth_look(i) for i, optimizer in enumerate(optimizers.cat.categories)}
+
+
+def by_optimizer(rows):
+    """Yield (name for the legend, look, its rows) of every optimizer among the rows, in the order of the Group."""
+    every = looks(rows["optimizer"])
+    for optimizer, part in rows.groupby("optimizer", observed=True):
+        yield optimizer.upper(), every[optimizer], part
 
 
 def size_axis(ax, rows):

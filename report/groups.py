@@ -36,20 +36,14 @@ class Group:
 def groups(runs):
     """Return a list of the `Group`s that the DataFrame of `records.load` falls into."""
     made = []
-    for (dataset, model, lr), same in runs.groupby(["dataset", "model", "lr"]):
-        slug, title = f"{dataset}_{model}_lr{lr:g}", f"{dataset}, {model}, lr {lr:g}"
-        betas = sorted(same["beta"].dropna().unique())
-        for beta in betas:
-            members = same[same["beta"].isna() | (same["beta"] == beta)]
-            paper = published.constants(dataset, model, lr, beta)
-            made.append(group(members, f"{slug}_beta{beta:g}", f"{title}, β {beta:g}", lr, float(beta), paper))
-        if not betas:
-            made.append(group(same, slug, title, lr, 0.0, published.constants(dataset, model, lr, None)))
+    for experiment, same in runs.groupby(["dataset", "model", "lr"]):
+        for beta in sorted(same["beta"].dropna().unique()) or [None]:
+            made.append(group(same[same["beta"].isna() | (same["beta"] == beta)], *experiment, beta))
     return made
 
 
-def group(members, slug, title, lr, beta, paper):
-    """Return the `Group` of these members, without those that cannot share its figures.
+def group(members, dataset, model, lr, beta):
+    """Return the `Group` of these members, without those that cannot share its figures. beta: None if none has any.
 
     Left out are a run that disagrees with most of its mode in `records.SHARED`, and a second run of one curve, batch
     size and seed. Of two such runs the one that did not diverge, and went further, stays; `merge` adds what the other
@@ -68,7 +62,11 @@ def group(members, slug, title, lr, beta, paper):
     members = members.assign(optimizer=pd.Categorical(members["curve"], order, ordered=True))
     alike = members[members["settings"] == members["mode"].map(settings)]
     kept = alike[~alike["name"].isin(left_out)].sort_values("name")
-    return Group(slug, title, lr, beta, kept, crossings(alike), settings, left_out, paper)
+    slug, title = f"{dataset}_{model}_lr{lr:g}", f"{dataset}, {model}, lr {lr:g}"
+    if beta is not None:
+        slug, title = f"{slug}_beta{beta:g}", f"{title}, β {beta:g}"
+    paper = published.constants(dataset, model, lr, beta)
+    return Group(slug, title, lr, beta or 0.0, kept, crossings(alike), settings, left_out, paper)
 
 
 def crossings(runs):

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from report.axes import ARROWS, LOOKS, curve, looks, mark, mark_diverged, side_by_side, size_axis
+from report.axes import ARROWS, by_optimizer, curve, looks, mark, mark_diverged, nth_look, side_by_side, size_axis
 from report.tables import DELTAS
 
 DELTA_LABEL = "degree of smoothing δ (parameter distance)"
@@ -14,7 +14,7 @@ def steps(rows, constants, published_steps):
     if rows["batch_size"].nunique() < 2:
         return None
     names = list(rows["optimizer"].unique())
-    every = {eps: LOOKS[i % len(LOOKS)] | {"label": f"ε = {eps:g}"} for i, eps in enumerate(sorted(set(rows["eps"])))}
+    every = {eps: nth_look(i) | {"label": f"ε = {eps:g}"} for i, eps in enumerate(sorted(set(rows["eps"])))}
     size = (1 + 3.2 * len(names), 6.5)
     fig, axes = plt.subplots(2, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
     for look in every.values():  # the legend's order
@@ -27,8 +27,8 @@ def steps(rows, constants, published_steps):
                 part = mine[mine["eps"] == eps]
                 curve(ax, part, key, **look)
                 mark_b_star(ax, part, key, constants[(constants["optimizer"] == name) & (constants["eps"] == eps)])
-                theirs = published_steps[published_steps["eps"] == eps]
-                if name == "shb" and len(theirs):
+                theirs = published_steps[(published_steps["optimizer"] == name) & (published_steps["eps"] == eps)]
+                if len(theirs):
                     y = theirs["steps"] * (theirs["batch_size"] if key == "sfo" else 1)
                     ax.plot(theirs["batch_size"], y, marker=".", color="0.4", lw=0.8, label="published SHB")
             mark_bounds(ax, mine, key, every)
@@ -78,12 +78,11 @@ def accuracy(points):
     if points["batch_size"][points["accuracy_mean"].notna()].nunique() < 2:
         return None
     fig, axes = plt.subplots(1, 2, figsize=(8, 4))
-    every = looks(points["optimizer"])
     for ax, key in zip(axes, ("accuracy", "training_loss"), strict=True):
         size_axis(ax, points)
-        for name, look in every.items():
-            curve(ax, points[points["optimizer"] == name], key, **look, label=name.upper())
-    mark_diverged(axes[0], points, "normal_diverged", every)
+        for name, look, part in by_optimizer(points):
+            curve(ax, part, key, **look, label=name)
+    mark_diverged(axes[0], points, "normal_diverged", looks(points["optimizer"]))
     axes[0].set_ylabel("test accuracy (%)")
     axes[1].set(ylabel="training loss (nats)", yscale="log")
     return fig
@@ -96,25 +95,17 @@ def delta(points):
         return None
     fig, ax = plt.subplots(figsize=(6.5, 5))
     size_axis(ax, points)
-    every = looks(points["optimizer"])
-    of = {name: points[points["optimizer"] == name] for name in every}
-    for name, look in every.items():
-        part = of[name][of[name]["sampling_seeds"] > 0]
-        curve(ax, part, "delta_measured", **look, label=f"{name.upper()}, measured", mfc="none", ms=9, lw=0.6)
-    for name, look in every.items():
-        part = of[name].dropna(subset="delta_formula")
-        if len(part):
-            source = part["delta_formula_from"].iloc[0]
-            edge = "" if "* = " in source else f" (C² from {source})"
-            width = 4 if name == "sgd" else 1.5  # NSHB's may lie on SGD's
-            label = f"{name.upper()}, formula{edge}"
-            ax.plot(part["batch_size"], part["delta_formula"], **look, lw=width, label=label)
-    for name, look in every.items():
-        part = of[name].dropna(subset="delta_published_constants")
-        if len(part):
-            grey = look | {"color": "0.6", "lw": 0.9, "ms": 3, "label": f"{name.upper()}, paper's C², K"}
-            ax.plot(part["batch_size"], part["delta_published_constants"], **grey)
-    mark_diverged(ax, points, "sampling_diverged", every)
+    for name, look, part in by_optimizer(points[points["sampling_seeds"] > 0]):
+        curve(ax, part, "delta_measured", **look, label=f"{name}, measured", mfc="none", ms=9, lw=0.6)
+    for name, look, part in by_optimizer(points.dropna(subset="delta_formula")):
+        source = part["delta_formula_from"].iloc[0]
+        label = f"{name}, formula" if "* = " in source else f"{name}, formula (C² from {source})"
+        width = 4 if name == "SGD" else 1.5  # NSHB's may lie on SGD's
+        ax.plot(part["batch_size"], part["delta_formula"], **look, lw=width, label=label)
+    for name, look, part in by_optimizer(points.dropna(subset="delta_published_constants")):
+        grey = look | {"color": "0.6", "lw": 0.9, "ms": 3, "label": f"{name}, paper's C², K"}
+        ax.plot(part["batch_size"], part["delta_published_constants"], **grey)
+    mark_diverged(ax, points, "sampling_diverged", looks(points["optimizer"]))
     ax.set(ylabel=DELTA_LABEL, yscale="log")
     return fig
 
@@ -126,14 +117,12 @@ def accuracy_delta(points, correlations):
     if not shown:
         return None
     fig, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 4.4), sharey=True, squeeze=False)
-    anywhere = points.dropna(subset=shown, how="all")["optimizer"].unique()
     for ax, key in zip(axes[0], shown, strict=True):
-        for name, look in looks(points["optimizer"]).items():
-            if name in anywhere:  # in every panel, for the legend's order
-                part = points[points["optimizer"] == name].dropna(subset=key)
-                y = part["accuracy_mean"]
-                error = [y - part["accuracy_min"], part["accuracy_max"] - y]
-                ax.errorbar(part[key], y, error, **look | {"linestyle": "", "capsize": 2, "label": name.upper()})
+        for name, look, part in by_optimizer(points.dropna(subset=shown, how="all")):
+            part = part.dropna(subset=key)  # none may be left: the legend has all in one order
+            y = part["accuracy_mean"]
+            error = [y - part["accuracy_min"], part["accuracy_max"] - y]
+            ax.errorbar(part[key], y, error, **look | {"linestyle": "", "capsize": 2, "label": name})
         title = ["δ from the formula" if key == "delta_formula" else "δ measured, lr × ‖ω‖"]
         for c in correlations.to_dict("records"):
             if c["delta"] == key.removesuffix("_mean"):
@@ -204,7 +193,7 @@ def draw_history(ax, bins, every_eps, reached, color):
     ax.fill_between(bins["last_step"], bins["norm_min"], bins["norm_max"], **style, label="‖g‖, least to greatest")
     ax.plot(bins["last_step"], bins["running_mean"], "k", lw=1.2, label="running mean of ‖g‖")
     for i, eps in enumerate(every_eps):
-        style = {"color": "0.3", "lw": 0.8, "linestyle": LOOKS[i % len(LOOKS)]["linestyle"]}
+        style = {"color": "0.3", "lw": 0.8, "linestyle": nth_look(i)["linestyle"]}
         ax.axhline(eps, **style, label=f"ε = {eps:g}")
         here = reached[reached["eps"] == eps]
         if len(here):

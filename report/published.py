@@ -32,11 +32,11 @@ def constants(dataset, model, lr, beta):
 
 
 def shb_steps(constants):
-    """Return SHB's published steps, columns eps, batch_size, steps; no rows where `constants` are of another network.
+    """Return SHB's published steps by (optimizer, batch_size, eps); none where `constants` are of another network.
 
     Exact counts, recovered from the authors' vector figure: ResNet18 on CIFAR-100.
     """
     table = pd.read_csv(Path(__file__).with_name("published_shb_steps.csv"), comment="#", index_col="batch_size")
-    table.columns = table.columns.str.removeprefix("steps_eps_").astype(float)
-    rows = table.unstack().rename_axis(["eps", "batch_size"]).rename("steps").reset_index()
-    return rows if constants is CONSTANTS["ResNet18"] else rows[:0]
+    table.columns = table.columns.str.removeprefix("steps_eps_").astype(float).rename("eps")
+    steps = pd.concat({"shb": table.stack()}, names=["optimizer"]).astype("Int64").rename("steps")
+    return steps if constants is CONSTANTS["ResNet18"] else steps[:0]

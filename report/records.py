@@ -29,8 +29,14 @@ SHARED = {
     "critical": ("min_epochs", "precision"),
     "sampling": ("steps", "max_steps", "full_grad_batchsize", "precision"),
 }
-NAME = r"\w[\w.+-]{0,99}"  # becomes part of file names
 HUGE = 1e300
+NAME = r"\w[\w.+-]{0,99}"  # becomes part of file names
+# What `take` allows in a record.
+STATUS = "finished|not_reached|diverged"
+ARGUMENTS = {
+    **{"dataset": NAME, "model": NAME, "optimizer": NAME, "lr": (1 / HUGE, HUGE)},
+    **{"batchsize": range(1, 10**6), "seed": range(2**63)},
+}
 
 
 def load(runs_dir):
@@ -45,8 +51,8 @@ def load(runs_dir):
     `gradient_norms` and `omega` read the large files of one run.
     """
     runs, left_out = read(runs_dir)
-    for run, reason in left_out.items():
-        print(f"left out: {run}: {reason}")
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
     return runs
 
 
@@ -55,16 +61,16 @@ def read(runs_dir):
     rows, left_out = [], {}
     files = [path for path in Path(runs_dir).rglob("*.json") if path.name in ("args.json", "summary.json")]
     for folder in sorted({path.parent for path in files}):
-        run_name = ascii(str(folder.relative_to(runs_dir)))[1:-1]  # control characters must not reach a terminal
+        name = ascii(str(folder.relative_to(runs_dir)))[1:-1]  # control characters must not reach a terminal
         try:
-            rows.append(read_run(folder, run_name))
+            rows.append(read_run(folder, name))
         except (ValueError, TypeError, OSError) as error:
-            left_out[run_name] = str(error)[:200]
+            left_out[name] = str(error)[:200]
     runs = pd.DataFrame(rows)
     return runs.reindex(columns=runs.columns.union(RESULTS, sort=False)), left_out
 
 
-def read_run(folder, run_name):
+def read_run(folder, name):
     """Return the row of one run as a dict. ValueError, TypeError or OSError for whatever is wrong with its record."""
     path = folder / "summary.json"
     if not path.is_file():
@@ -75,44 +81,46 @@ def read_run(folder, run_name):
     args, results = summary.get("args"), summary.get("results")
     if not isinstance(args, dict) or not isinstance(results, dict):
         raise ValueError("summary.json is not an object that holds args and results")
-    mode = name(summary, "mode", "|".join(NEEDED))
-    status = name(summary, "status", "finished|not_reached|diverged")
+    mode, status = take(summary, "mode", "|".join(NEEDED)), take(summary, "status", STATUS)
     diverged = status == "diverged"
-    steps = number(summary, "steps", 0 if diverged or mode == "sampling" else 1, 1e12, whole=True)
-    run = {"name": run_name, "folder": folder, "mode": mode, "status": status, "diverged": diverged, "steps": steps}
-    run |= {key: name(args, key) for key in ("dataset", "model", "optimizer")}
-    run |= {"lr": six_digits(number(args, "lr", 1 / HUGE, HUGE))} | momentum(args)
-    run |= {"batch_size": number(args, "batchsize", 1, 1e6, whole=True)}
-    run |= {"seed": number(args, "seed", 0, 2**63, whole=True), "args": args}
+    fewest = 0 if diverged or mode == "sampling" else 1
+    steps = take(summary, "steps", range(fewest, 10**12))
+    run = {"name": name, "folder": folder, "mode": mode, "status": status, "diverged": diverged, "steps": steps}
+    run |= {key: take(args, key, allowed) for key, allowed in ARGUMENTS.items()}
+    run |= {"batch_size": run.pop("batchsize"), "lr": six_digits(run["lr"]), **momentum(args), "args": args}
     run["settings"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in SHARED[mode])
     run["as_published"] = all(args.get(key) == value for key, value in published.SETTINGS[mode].items())
-    run |= {"first_check": None, "to_eps": {}}
-    if mode == "critical":
-        run |= {"first_check": first_check(run, summary), "to_eps": to_eps(results, steps)}
-    needed = () if diverged else NEEDED[mode]
-    measured = [key for key in ("max_gradient_norm", *PARTS) if results.get(key) is not None]
-    for key in (*needed, *measured):
-        number(results, key, 0 if key.endswith("norm") else -HUGE, HUGE, whole=key == "omega_entries")
+    critical = mode == "critical"
+    run["first_check"] = first_check(run, summary) if critical else None
+    run["to_eps"] = to_eps(results, steps) if critical else {}
+    check_results(results, () if diverged else NEEDED[mode])
     for key, value in results.items():
         if key not in run and type(value) in (int, float) and abs(value) < HUGE:
             run[key] = float(value)
     return run
 
 
-def name(mapping, key, allowed=NAME):
-    """Return mapping[key] if it is a text that the regular expression `allowed` matches; else ValueError."""
-    value = mapping.get(key)
-    if isinstance(value, str) and re.fullmatch(allowed, value):
-        return value
-    raise ValueError(f"{key} is {value!r:.40}, allowed is {allowed}")
+def check_results(results, needed):
+    """Raise ValueError if one of the results in `needed`, or another that is used where a run has it, is unsound."""
+    for key in (*needed, "max_gradient_norm", *PARTS):
+        if key == "omega_entries":
+            take(results, key, range(10**12))
+        elif key in needed or results.get(key) is not None:
+            take(results, key, (0 if key.endswith("norm") else -HUGE, HUGE))
 
 
-def number(mapping, key, low, high, whole=False):
-    """Return mapping[key] if it is a number in [low, high), an int if `whole`; else ValueError."""
+def take(mapping, key, allowed):
+    """Return mapping[key] if it is in `allowed`: a regular expression, a range, or (low, below); else ValueError."""
     value = mapping.get(key)
-    if type(value) in ((int,) if whole else (int, float)) and low <= value < high:
-        return value
-    raise ValueError(f"{key} is {value!r:.40}, allowed is a {'whole ' * whole}number in [{low:g}, {high:g})")
+    if isinstance(allowed, str):
+        good = isinstance(value, str) and re.fullmatch(allowed, value)
+    elif isinstance(allowed, range):
+        good = type(value) is int and value in allowed
+    else:
+        good = type(value) in (int, float) and allowed[0] <= value < allowed[1]
+    if not good:
+        raise ValueError(f"{key} is {value!r:.40}, allowed is {allowed}")
+    return value
 
 
 def six_digits(value):
@@ -124,11 +132,14 @@ def momentum(args):
     """Return beta, nu and curve of a run: of SGD neither, of SHB and NSHB beta, of others what is recorded."""
     optimizer, beta, nu = args["optimizer"], np.nan, np.nan
     if args.get("beta1") is not None or optimizer in ("shb", "nshb"):
-        beta = six_digits(number(args, "beta1", 0, 1))
-    if optimizer in ("sgd", "shb", "nshb") or args.get("nu") is None:
-        return {"beta": np.nan if optimizer == "sgd" else beta, "nu": nu, "curve": optimizer}
-    nu = six_digits(number(args, "nu", -HUGE, HUGE))
-    return {"beta": beta, "nu": nu, "curve": f"{optimizer} nu {nu:g}"}
+        beta = six_digits(take(args, "beta1", (0, 1)))
+    if optimizer == "sgd":
+        beta = np.nan
+    curve = optimizer
+    if args.get("nu") is not None and optimizer not in ("sgd", "shb", "nshb"):
+        nu = six_digits(take(args, "nu", (-HUGE, HUGE)))
+        curve = f"{optimizer} nu {nu:g}"
+    return {"beta": beta, "nu": nu, "curve": curve}
 
 
 def first_check(run, summary):
@@ -140,8 +151,8 @@ def first_check(run, summary):
     if run["dataset"] in DATASETS:
         epoch = -(-DATASETS[run["dataset"]].train_images // run["batch_size"])
     elif run["steps"]:
-        epoch = max(1, round(run["steps"] / number(summary, "epochs", 1e-9, HUGE)))
-    return max(1, int(number(summary["args"], "min_epochs", 0, 1e9) * epoch))
+        epoch = round(run["steps"] / take(summary, "epochs", (1e-9, HUGE)))
+    return max(1, int(take(summary["args"], "min_epochs", (0, 1e6)) * epoch))
 
 
 def to_eps(results, steps):
@@ -151,8 +162,8 @@ def to_eps(results, steps):
         raise ValueError("steps_to_eps is not an object with entries")
     known = {}
     for key, step in reached.items():
-        eps = number({"eps": float(key)}, "eps", 1 / HUGE, HUGE)
-        known[eps] = None if step is None else number(reached, key, 1, steps + 1, whole=True)
+        eps = take({"eps": float(key)}, "eps", (1 / HUGE, HUGE))
+        known[eps] = None if step is None else take(reached, key, range(1, steps + 1))
     return known
 
 

@@ -15,8 +15,9 @@ DELTAS = ("delta_formula", "delta_measured_mean")  # the columns of `points` tha
 def measure(group):
     """Return ({name: DataFrame} of all that is known of a Group, {run: why a file of its was not used})."""
     runs, made = group.runs, {"runs": group.runs, "crossings": group.crossings}
-    made["published_steps"] = published.shb_steps(group.published)
-    made["steps"] = steps(group.crossings, made["published_steps"])
+    theirs = published.shb_steps(group.published)
+    made["published_steps"] = theirs.reset_index()
+    made["steps"] = steps(group.crossings, theirs)
     made["constants"] = constants(runs, made["steps"], group.lr, group.beta, group.published)
     stars = made["constants"].dropna(subset="eps")
     made["critical_batch_size"] = stars if stars["b_star"].notna().any() else stars[:0]
@@ -51,32 +52,17 @@ def steps(crossings, published_steps):
     facts = crossings.assign(reached=reached, missed=missed, early=early, steps=known)
     facts["sfo"] = known * facts["batch_size"]
     seeds = facts.groupby(["optimizer", "batch_size", "eps"], observed=True)
-    missed, early = seeds["missed"].sum(), seeds["early"].sum()
-    table = pd.DataFrame({"critical_seeds": seeds.size(), "reached": seeds["reached"].sum()})
-    table["diverged"] = table["critical_seeds"] - table["reached"] - missed
-    table["at_first_check"] = early
-    table = table.join(band(seeds, "steps"))
-    counts = zip(table["reached"], missed, early, strict=True)
-    table["steps_are"] = pd.Series([standing(*count) for count in counts], table.index, dtype=object)
-    table = table.join([band(seeds, "sfo"), band(seeds, "checked"), seeds["as_published"].all()]).reset_index()
-    theirs = published_steps.astype({"steps": "Int64"}).set_index(["eps", "batch_size"])["steps"]
-    theirs = theirs.reindex(pd.MultiIndex.from_frame(table[["eps", "batch_size"]])).reset_index(drop=True)
-    table["published"] = theirs.where(table["optimizer"] == "shb")
-    whole = (table["reached"] == table["critical_seeds"]) & (table["at_first_check"] == 0) & table.pop("as_published")
-    table["ratio"] = (table["steps_mean"] / table["published"].astype(float)).where(whole)
-    table.insert(1, "eps", table.pop("eps"))
-    return table
-
-
-def standing(reached, missed, early):
-    """Return what a mean of steps is, by the counts of its seeds; None if there is none. early: at the first check."""
-    if reached + missed == 0:
-        return None
-    if missed and early:
-        return "undetermined"
-    if missed:
-        return "lower bound"
-    return "upper bound" if early else "measured"
+    size, reached, missed, early = seeds.size(), seeds["reached"].sum(), seeds["missed"].sum(), seeds["early"].sum()
+    table = pd.DataFrame({"critical_seeds": size, "reached": reached, "diverged": size - reached - missed})
+    table = table.assign(at_first_check=early).join(band(seeds, "steps"))
+    # What the mean of steps is, some of them of seeds that missed ε or had it too early.
+    bounds = {"undetermined": (missed > 0) & (early > 0), "lower bound": missed > 0, "upper bound": early > 0}
+    table["steps_are"] = np.select([reached + missed == 0, *bounds.values()], [None, *bounds], "measured")
+    table = table.join(band(seeds, "sfo")).join(band(seeds, "checked"))
+    table["published"] = published_steps.reindex(table.index)
+    measured = (reached == size) & (early == 0) & seeds["as_published"].all()
+    table["ratio"] = (table["steps_mean"] / table["published"].astype(float)).where(measured)
+    return table.reorder_levels(["optimizer", "eps", "batch_size"]).reset_index()
 
 
 def critical_batch_size(rows):

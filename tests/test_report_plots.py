@@ -212,7 +212,8 @@ def test_each_optimizer_of_a_group_keeps_its_look_in_every_figure():
     names = ["sgd", "shb", "nshb", *"abcdefgh"]
     column = pd.Series(pd.Categorical(["a", "shb"], names, ordered=True))
     looks = axes.looks(column)
-    assert list(looks) == names and looks["shb"] == axes.LOOKS[1] and looks["a"] == axes.LOOKS[3]
+    assert list(looks) == names and looks["shb"] == axes.nth_look(1) and looks["a"] == axes.nth_look(3)
+    assert len({str(axes.nth_look(i)) for i in range(36)}) == 36
 
 
 def test_a_figure_of_gradients_shows_where_eps_was_reached(tmp_path):

@@ -80,6 +80,14 @@ def test_a_full_gradient_norm_of_the_wrong_kind_leaves_the_run_out(tmp_path, val
     assert runs == [] and "full_gradient_norm is " in left_out[folder.name]
 
 
+@pytest.mark.parametrize("value", [None, 4000.5, "4000", -1])
+def test_omegas_entries_are_counted(tmp_path, value):
+    folder = sampling(tmp_path, "sgd", 8, 0, 1.0, np.zeros(3))
+    edit(folder, "results", omega_entries=value)
+    runs, left_out = read(tmp_path)
+    assert runs == [] and "omega_entries is " in left_out[folder.name]
+
+
 def test_extra_keys_are_ignored_and_extra_numbers_are_columns(tmp_path):
     folder = critical(tmp_path, "sgd", 8, 0, {"1.0": 9}, steps=9, nu=0.5, injected_noise=None)
     summary = json.loads((folder / "summary.json").read_text())
