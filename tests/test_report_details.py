@@ -34,6 +34,16 @@ def test_omegas_are_of_one_batch_size_that_all_optimizers_sampled(tmp_path):
     assert shown == [f"sampling-{optimizer}-b128-seed0" for optimizer in ("sgd", "shb", "nshb")]
 
 
+def test_a_damaged_omega_gives_way_to_one_of_another_common_batch_size(tmp_path):
+    for optimizer, sizes in (("sgd", (8, 32, 64, 128)), ("shb", (8, 64))):
+        for b in sizes:
+            folder = sampling(tmp_path, optimizer, b, 0, 0.5, gaussian(b))
+            if (optimizer, b) == ("sgd", 64):
+                (folder / "omega.npy").unlink()
+    shown = measured(tmp_path)[1]["omega_histogram"]["name"].unique()
+    assert list(shown) == ["sampling-sgd-b8-seed0", "sampling-shb-b64-seed0"]
+
+
 def test_without_a_common_batch_size_each_optimizer_shows_its_own_middle_one(tmp_path):
     for optimizer, sizes in (("sgd", (8, 16, 32)), ("shb", (64, 128, 256))):
         for b in sizes:

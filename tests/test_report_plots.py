@@ -226,3 +226,14 @@ def test_a_figure_of_gradients_shows_where_eps_was_reached(tmp_path):
     reached = [[line.get_xydata().tolist() for line in ax.lines if line.get_label() == "ε reached"] for ax in fig.axes]
     assert reached == [[[[70, 0.5]]], []]
     assert [line.get_label() for line in fig.axes[0].lines][1:] == ["ε = 0.1", "ε = 0.5", "ε reached"]
+
+
+def test_a_point_with_a_diverged_seed_has_no_accuracy_to_set_against_delta(tmp_path):
+    for b in (8, 16, 32):
+        normal(tmp_path, "sgd", b, 0, 50.0 + b)
+        sampling(tmp_path, "sgd", b, 0, 1.0 / b, np.zeros(3))
+    record(tmp_path, "normal", "sgd", 32, 1, {}, steps=7, status="diverged")
+    made = measured(tmp_path)[1]
+    fig = plots.accuracy_delta(made["points"], made["correlations"])
+    (ax,) = fig.axes
+    assert [x for line in ax.containers for x in line[0].get_xdata()] == [1 / 8, 1 / 16]

@@ -34,6 +34,13 @@ def test_nothing_to_load_is_an_empty_frame(tmp_path):
     assert records.load(tmp_path).empty
 
 
+def test_a_summary_of_more_than_a_mebibyte_is_not_read(tmp_path):
+    folder = normal(tmp_path, "sgd", 8, 0, 50.0)
+    with open(folder / "summary.json", "a") as file:
+        file.write(" " * (1 << 20))
+    assert read(tmp_path) == ([], {folder.name: "summary.json is larger than 1 MiB"})
+
+
 def test_lr_is_what_a_user_meant(tmp_path):
     normal(tmp_path, "shb", 8, 0, 50.0, lr=0.1 * (1 - 0.9))
     normal(tmp_path, "nshb", 8, 0, 50.0, lr=0.01)

@@ -76,6 +76,13 @@ def test_points_that_stayed_open_are_undecided_only_if_they_may_be_smaller():
         assert (star["b_star"], star["undecided"], star["edge"]) == (16, undecided, edge)
 
 
+def test_an_upper_bound_may_be_as_small_as_any():
+    rows = rows_of((8, [99.0], 1, 0), (16, [4.0], 1, 0), (32, [9.0], 1, 0))
+    assert tables.critical_batch_size(rows)["undecided"] == ""
+    star = tables.critical_batch_size(rows.assign(at_first_check=[1, 0, 0]))
+    assert (star["b_star"], star["undecided"], star["edge"]) == (16, "8", "<=")
+
+
 def test_a_missed_point_is_never_b_star_even_with_the_smallest_bound(tmp_path):
     critical(tmp_path, "shb", 8, 0, {"0.5": None}, steps=10, status="not_reached")
     for b, n in ((16, 100), (32, 40), (64, 90)):
@@ -286,6 +293,19 @@ def test_bands_and_counts_against_a_plain_loop(tmp_path):
             assert row[f"{key}_mean"] == pytest.approx(sum(values) / len(values), rel=1e-12)
             assert (row[f"{key}_min"], row[f"{key}_max"]) == (min(values), max(values))
         assert row["max_minibatch_norm"] == max(results["max_gradient_norm"] for results in good)
+
+
+def test_a_diverged_run_has_no_measured_delta(tmp_path):
+    sampling(tmp_path, "sgd", 8, 0, 0.5, np.zeros(3))
+    sampling(tmp_path, "sgd", 8, 1, 9.0, np.zeros(3), status="diverged")
+    (row,) = measured(tmp_path)[1]["points"].to_dict("records")
+    assert (row["sampling_seeds"], row["sampling_diverged"], row["delta_measured_max"]) == (2, 1, 0.5)
+
+
+def test_a_diverged_run_has_no_largest_gradient_norm(tmp_path):
+    normal(tmp_path, "sgd", 8, 0, 50.0)
+    critical(tmp_path, "sgd", 8, 0, {"1.0": 9}, steps=9, k=1e9, status="diverged")
+    assert list(measured(tmp_path)[1]["points"]["max_minibatch_norm"]) == [1.0]
 
 
 def test_numbers_of_any_size_that_a_record_may_hold_do_not_overflow(tmp_path):
