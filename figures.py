@@ -9,8 +9,9 @@ from pathlib import Path
 
 import matplotlib
 
-from arguments import number, usable_streams
+from converters import number
 from files import replacing
+from messages import usable_streams
 from report import page, records
 from report.groups import groups
 

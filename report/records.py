@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from arguments import OPTIMIZERS
 from datasets import DATASETS
 from files import read_json
 from report import published
@@ -44,8 +45,8 @@ def load(runs_dir):
 
     What is unfinished or damaged is left out, and printed: `left out: NAME: REASON`.
     Columns: name (the folder's, below runs_dir), folder (Path), mode, status, diverged (bool), steps, args (dict of
-    all arguments), and of these dataset, model, optimizer, lr, batch_size, seed; beta, without a value for SGD and
-    where none is recorded; nu, only of optimizers other than the paper's three; curve, the optimizer with its ν: what
+    all arguments), and of these dataset, model, optimizer, lr, batch_size, seed; beta and nu, without a
+    value where the optimizer takes none; curve, the optimizer with its ν: what
     runs of one curve share. to_eps: {ε: first step or None}; first_check: the first step at which ε was looked at.
     Every number of the results has a column of its own, without a value where a run has none.
     `gradient_norms` and `omega` read the large files of one run.
@@ -129,14 +130,15 @@ def six_digits(value):
 
 
 def momentum(args):
-    """Return beta, nu and curve of a run: of SGD neither, of SHB and NSHB beta, of others what is recorded."""
+    """Return beta, nu and curve of a run. An optimizer unknown here takes what is recorded; where none is, NaN."""
     optimizer, beta, nu = args["optimizer"], np.nan, np.nan
-    if args.get("beta1") is not None or optimizer in ("shb", "nshb"):
+    known = OPTIMIZERS.get(optimizer, {}).values()
+    if args.get("beta1") is not None or "beta1" in known:
         beta = six_digits(take(args, "beta1", (0, 1)))
-    if optimizer == "sgd":
+    if optimizer in OPTIMIZERS and "beta1" not in known:
         beta = np.nan
     curve = optimizer
-    if args.get("nu") is not None and optimizer not in ("sgd", "shb", "nshb"):
+    if args.get("nu") is not None and (optimizer not in OPTIMIZERS or "nu" in known):
         nu = six_digits(take(args, "nu", (-HUGE, HUGE)))
         curve = f"{optimizer} nu {nu:g}"
     return {"beta": beta, "nu": nu, "curve": curve}

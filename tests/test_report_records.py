@@ -119,6 +119,16 @@ def test_an_optimizer_network_or_data_set_without_formulas_is_carried(tmp_path):
     assert [np.isnan(r["beta"]) for r in runs] == [r["optimizer"] == "nesterov" for r in runs]
 
 
+def test_what_an_optimizer_takes_is_read_where_it_is_registered(tmp_path, monkeypatch):
+    """main.py records every flag, also those that the optimizer does not take."""
+    monkeypatch.setattr(records, "OPTIMIZERS", {"lion": {}, "ours": {"momentum": "beta1", "nu": "nu"}})
+    for optimizer in ("lion", "ours"):
+        normal(tmp_path, optimizer, 8, 0, 50.0, beta1=0.5, nu=0.7)
+    lion, ours = read(tmp_path)[0]
+    assert (ours["beta"], ours["nu"], ours["curve"]) == (0.5, 0.7, "ours nu 0.7")
+    assert lion["curve"] == "lion" and np.isnan(lion["beta"]) and np.isnan(lion["nu"])
+
+
 @pytest.mark.parametrize(("min_epochs", "first"), [(0, 1), (1, 40), (11, 440)])
 def test_the_steps_of_an_epoch_of_an_unknown_data_set_follow_from_the_run(tmp_path, min_epochs, first):
     """100 steps are 2.5 epochs, so an epoch is of 40."""
