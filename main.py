@@ -161,11 +161,19 @@ def experiment(run: "Training") -> int:
     return EXIT_STATUS[status]
 
 
+def _short(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def print_results(heading: str, results: dict) -> None:
     """Show how a run ended."""
     print(heading)
     for key, value in results.items():
-        print(f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}")
+        if isinstance(value, dict) and len(value) > 4:
+            print(f"  {key}:")
+            print(*(f"    {name}: {_short(number)}" for name, number in value.items()), sep="\n")
+        else:
+            print(f"  {key}: {_short(value)}")
     if results.get("at_first_check"):
         print("  (at_first_check: reached when first looked at, perhaps before; these steps are upper bounds)")
     sys.stdout.flush()

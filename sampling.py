@@ -6,15 +6,15 @@ from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
-from measure.draws import augmentation, flat
-from measure.optimizers import ExactMemory, affine
-from measure.shape import shape
 from torch import Tensor
 from tqdm import tqdm
 
 from arguments import OPTIMIZERS, planned_steps
+from measure.draws import augmentation, flat
 from measure.gradients import full_gradient, trained
 from measure.noise import batch_noise, budget
+from measure.optimizers import ExactMemory, affine
+from measure.shape import shape
 from training import Training
 
 # The columns of measurements.csv between batch_size and accuracy; without --draws, only those of one draw are known.
