@@ -74,10 +74,9 @@ def full_gradient(
 
     chunks: inputs (c, …) and targets (c, …), n images in all; every image weighs 1/n, also in a partial
     last chunk. between: called before every chunk; what it raises ends the pass. params: of the model, those to
-    differentiate by (default: `trained`). loss: must be the mean over the images of a loss of each
-    one; a sum, or a mean weighted otherwise, gives another f. training: see `unchanged`; in training mode (the
-    paper's) BatchNorm makes the result depend on c. Returns one tensor a parameter. ValueError if the chunks do
-    not hold n images.
+    differentiate by (default: `trained`). loss: must be the mean over the images of a loss of each one; a sum, or a
+    mean weighted otherwise, gives another f. training: see `unchanged`; in training mode (the paper's) BatchNorm
+    makes the result depend on c. Returns one tensor a parameter. ValueError if the chunks do not hold n images.
     """
     params = params or trained(model)
     total, seen = [torch.zeros_like(p) for p in params], 0

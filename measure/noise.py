@@ -96,6 +96,7 @@ def budget(
         params = list(own)
         full = _of(params, model, full)
         weights, memory = affine(optimizer, params)
+        lr, gains = _settings(optimizer, params)
         offset = torch._foreach_sub(memory, full)
         mean = [torch.zeros_like(p) for p in params]
         for draw in draws:
@@ -114,7 +115,7 @@ def budget(
         "noise_norm": length(_omega(list(own.values()), weights, offset)),
         "memory": length(_omega(full, weights, offset)) ** 2,
     }
-    numbers |= _moments(torch.stack(readings).cpu().numpy(), np.array(weights), *_settings(optimizer, params))
+    numbers |= _moments(torch.stack(readings).cpu().numpy(), np.array(weights), lr, gains)
     distance = length(torch._foreach_sub(mean, full))
     return numbers | _derived(numbers, distance, n)
 

@@ -419,7 +419,9 @@ def test_the_bias_of_batchnorm_is_found():
         g.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     model.zero_grad()
     g, nabla = torch.stack(g), torch.cat([t.flatten() for t in full])
-    optimizer = SGD(model.parameters(), 0.05)
+    optimizer = NSHB(model.parameters(), 0.05, momentum=0.6)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.randn_like(p)
     rows = [
         noise.budget(model, optimizer, batches[0], full, pair, N, loss=squared_error)
         for pair in itertools.product(batches, batches)
@@ -429,7 +431,10 @@ def test_the_bias_of_batchnorm_is_found():
     assert np.mean([row["batchnorm_bias"] for row in rows]) == pytest.approx(bias, rel=1e-9)
     variance = np.mean([row["variance"] for row in rows])
     assert variance == pytest.approx((g - g.mean(0)).square().sum(1).mean().item(), rel=1e-9)
-    assert np.mean([row["noise_square"] for row in rows]) == pytest.approx(variance + bias, rel=1e-9)
+    m = torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
+    mean = 0.6 * (m - nabla) + 0.4 * (g.mean(0) - nabla)
+    expected = 0.4**2 * variance + mean.square().sum().item()
+    assert np.mean([row["noise_square"] for row in rows]) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("make", [SHB, NSHB, Quasi, torch.optim.SGD])
@@ -465,7 +470,7 @@ def test_augmentation_s_part_by_listing_all_of_it():
     """Two augmentations, x and −x + 0.5, of each image of each batch: all 15 × 16 pairs."""
     model, x, y = regression(7)
     variants = torch.stack([x, 0.5 - x])
-    pairs, within = [], []
+    pairs, within, every = [], [], []
     for index in itertools.combinations(range(N), B):
         views = []
         for choice in itertools.product((0, 1), repeat=B):
@@ -474,9 +479,15 @@ def test_augmentation_s_part_by_listing_all_of_it():
         pairs += list(itertools.product(views, views))
         g = np.array([flat_gradient(model, *view) for view in views])
         within.append(((g - g.mean(0)) ** 2).sum(1).mean())
+        every.append(g)
     found = augmentation(model, pairs, loss=squared_error)
     assert found["augmentation_variance"] == pytest.approx(np.mean(within), rel=1e-12)
     assert found["c_squared_augmentation"] == pytest.approx(B * np.mean(within), rel=1e-12)
+    # One image's gradient, over images and augmentation: what docs/measuring.md makes of both numbers.
+    single = [flat_gradient(model, v[i : i + 1], y[i : i + 1]) for v in variants for i in range(N)]
+    variance = np.concatenate(every).var(axis=0).sum()
+    c_squared = B * (N - 1) / (N - B) * variance - (B - 1) / (N - B) * found["c_squared_augmentation"]
+    assert c_squared == pytest.approx(np.array(single).var(axis=0).sum(), rel=1e-9)
 
 
 def test_draws_of_a_loader_are_independent_and_those_of_one_pass_are_not():
