@@ -18,6 +18,7 @@ from measure.shape import shape
 from training import Training
 
 # The columns of measurements.csv between batch_size and accuracy; without --draws, only those of one draw are known.
+OF_TRAINING = ("noise_norm", "memory_noise_frozen", "staleness")  # say nothing of another batch size
 HEAD = ("steps", "batchnorm", "batch_size")
 BUDGET = (
     *("draws", "full_gradient_norm", "noise_norm", "noise_square", "delta", "delta_se", "fresh", "memory"),
@@ -115,6 +116,8 @@ def measure_step(run: Training, shadow: Shadow | None) -> tuple[dict, dict]:
             for b in sizes(args):
                 keep = kept.append if args.shape and b == args.batchsize else None
                 known = measure_draws(run, batchnorm, full, b, keep, progress) if args.draws else one_draw(numbers)
+                if b != args.batchsize:
+                    known |= dict.fromkeys(OF_TRAINING)
                 row = {"batch_size": b} | {key: known.get(key) for key in BUDGET} | more
                 rows.append(head | row | {"accuracy": accuracy, "test_loss": test_loss})
             if kept:

@@ -11,6 +11,7 @@ from conftest import run_main
 
 from arguments import parse
 
+SAMPLING = ["--mode", "sampling"]
 ROWS = [  # arguments; what the line must name: the argument, what was given, what is allowed
     (["--mode", "train"], "--mode", "'train'", "critical"),
     (["--mode", ""], "--mode", "''", "critical"),
@@ -93,6 +94,18 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb; did you mean sgd?"),
     (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
     (["digits"], "unrecognized arguments", "digits", "--help"),
+    ([*SAMPLING, "--steps", "5", "0", "5"], "--steps", "5 0 5", "each value once"),
+    ([*SAMPLING, "--draws", "1"], "--draws", "1", "0, or 2 and more"),
+    ([*SAMPLING, "--draws", "3", "--shape"], "--draws", "3", "4 and more with --shape"),
+    ([*SAMPLING, "--shape"], "--draws", "0", "4 and more with --shape"),
+    ([*SAMPLING, "--draw_batchsizes", "8"], "--draw_batchsizes", "8", "only with --draws"),
+    ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "1438"], "--draw_batchsizes", "1438", "at most the 1437"),
+    ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "8"], "--draw_batchsizes", "8 8", "each value once"),
+    ([*SAMPLING, "--measure_batchnorm", "training"], "--measure_batchnorm", "'training'", "did you mean train?"),
+    ([*SAMPLING, "--measure_batchnorm", "eval", "eval"], "--measure_batchnorm", "eval eval", "each value once"),
+    ([*SAMPLING, "--steps", "3", "--exact_memory", "4"], "--exact_memory", "4", "at most 3"),
+    ([*SAMPLING, "--steps", "0", "--exact_memory", "1"], "--exact_memory", "1", "at most 0"),
+    ([*SAMPLING, "--steps", "9", "4", "--exact_memory", "5"], "--exact_memory", "5", "at most 4"),
 ]
 
 
@@ -216,6 +229,10 @@ OTHER_RESULTS = [  # what makes another result and cannot be added to a run late
                            ("--optimizer", "sgd"), ("--model", "ResNet20"), ("--dataset", "CIFAR10"))]),
     ["normal", "--epochs", "10"], ["normal", "--max_steps", "10"], ["critical", "--min_epochs", "1"],
     ["sampling", "--steps", "5"], ["sampling", "--max_steps", "5"], ["sampling", "--full_grad_batchsize", "500"],
+    ["sampling", "--steps", "5", "10000"], ["sampling", "--steps", "6", "5", "10000"], ["sampling", "--draws", "4"],
+    ["sampling", "--draws", "4", "--shape"], ["sampling", "--draws", "4", "--draw_batchsizes", "8"],
+    ["sampling", "--measure_batchnorm", "eval"], ["sampling", "--exact_memory", "5"],
+    ["sampling", "--measure_batchnorm", "train", "eval"],
 ]  # fmt: skip
 
 
