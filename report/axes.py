@@ -10,6 +10,7 @@ from files import replacing
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
+# To make and save a figure in: `with plt.rc_context(STYLE)`.
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     "figure.constrained_layout.use": True,
@@ -21,11 +22,6 @@ ARROWS = {
     "undetermined": (r"$\updownarrow$", "undetermined: one seed at the first check, one not at all"),
 }
 MARK = 5  # the zorder by which marks are told from curves
-
-
-def style():
-    """Return a context in which figures are made and saved as all of ours."""
-    return plt.rc_context(STYLE)
 
 
 def nth_look(i):

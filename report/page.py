@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from files import replacing
@@ -108,7 +109,7 @@ def write(group, out):
     made, unsound = tables.measure(group)
     page, lines = f"\n## {group.slug}\n", [f"{group.slug}: {len(group.runs)} runs used"]
     for name, (draw, needed, why) in FIGURES.items():
-        with axes.style():
+        with plt.rc_context(axes.STYLE):
             fig = draw(*(made[table] for table in needed))
             if fig:
                 axes.save(out / f"{group.slug}_{name}", fig, group.title + NOTES.get(name, ""))

@@ -143,7 +143,7 @@ def test_no_arrow_hides_another(tmp_path):
 
 
 def test_a_legend_has_a_fixed_order_with_its_marks_last(tmp_path):
-    with axes.style():
+    with plt.rc_context(axes.STYLE):
         fig, panels = plt.subplots(1, 2)
     axes.mark(panels[0], 1, 1, "a seed diverged", marker="x")
     for ax, names in zip(panels, (("SGD",), ("SGD", "SHB")), strict=True):
