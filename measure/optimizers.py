@@ -30,11 +30,10 @@ def direction(optimizer: Optimizer, gradients: dict[Tensor, Tensor | None]) -> l
             p.grad = gradients.get(p)
         if hasattr(optimizer, "direction"):
             return optimizer.direction()
-        return [
-            _of_torch_sgd(group, p, optimizer.state.get(p, {}))
-            for group in optimizer.param_groups
-            for p in group["params"]
-        ]
+        found = []
+        for group in optimizer.param_groups:
+            found += [_of_torch_sgd(group, p, optimizer.state.get(p, {})) for p in group["params"]]
+        return found
     finally:
         for p, grad in zip(owned, held, strict=True):
             p.grad = grad
@@ -67,7 +66,7 @@ def affine(optimizer: Optimizer, params: list[Tensor]) -> tuple[list[float], lis
     for p in params:
         zero, one, two = (probe[p] for probe in probes)
         w = (one - zero).mean(dtype=torch.float64).item()
-        error = torch.maximum((one - zero - w).abs().max(), (two - zero - 2 * w).abs().max())
+        error = (two - zero - 2 * w).abs().max()
         if error > 32 * torch.finfo(p.dtype).eps * (1 + zero.abs().max()):
             raise ValueError(f"{type(optimizer).__name__}: the search direction is not w·g + memory with one number w")
         weights.append(w)
