@@ -1,29 +1,32 @@
-"""The command line: every flag, checked before anything slow or lasting happens, and the state of a run."""
+"""The command line: every flag, checked before anything slow or lasting happens. No torch."""
 
 import argparse
 import difflib
-import functools
-import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-TRAINING_IMAGES = {"CIFAR100": 50_000, "CIFAR10": 50_000, "digits": 1_437}
+from datasets import DATASETS
+from messages import UserError
+from models import NETWORKS
+
 ENDLESS = 2**62  # more steps than a run can make
-MODELS = ("ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20")
-WANDB_MODES = ("online", "offline", "disabled")
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
+WANDB_MODES = ("online", "offline", "disabled")
+
+# The optimizers of shb.py, each the class of that name in capitals, and the arguments of its class that have a flag.
+# They are listed here because torch takes seconds to load.
+OPTIMIZERS = {"sgd": {}, "shb": {"momentum": "beta1"}, "nshb": {"momentum": "beta1"}}
+
+OPTIMIZER_FLAGS = {flag for flags in OPTIMIZERS.values() for flag in flags.values()}
 
 # What has no say in the result: where and how a run is made, and what is logged.
 ADMINISTRATION = {
-    *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every", "print_name"),
+    *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every"),
     *("wandb_entity", "wandb_project", "wandb_mode", "save_memory"),
 }
-# What a run can still be given more of when it is resumed; of the caps, `lower_cap` refuses less.
-EXTENSIBLE = {"epochs", "max_steps", "eps"}
 ONE_MODE_ONLY = {
     "epochs": "normal",
     "eps": "critical",
@@ -33,36 +36,6 @@ ONE_MODE_ONLY = {
 }
 # What else people call the flags.
 SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
-
-
-class UserError(Exception):
-    """A mistake of the user's or of the surroundings: printed as one line, `error: …`; exit status 2."""
-
-
-def say(kind: str, message: object) -> None:
-    """Print `kind: message` on stderr, as one line whatever `message` holds."""
-    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def usable_streams() -> None:
-    """Make stdin, stdout and stderr such that nothing said fails: one that is closed says nothing, no letter is odd.
-
-    Or else the next file opened would get the closed one's number, and what libraries print with it.
-    """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open until the process ends)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """`say` a warning; the same one only once, however often it is come upon."""
-    say("warning", message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,9 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("the experiment (paper, section 2)").add_argument
     add("--mode", **one_of("normal", "critical", "sampling"), default="normal", help="which of the three")
-    add("--dataset", **one_of(*TRAINING_IMAGES), default="CIFAR100", help="digits needs no download")
-    add("--model", **one_of(*MODELS), default="ResNet18", help="network")
-    add("--optimizer", **one_of("sgd", "shb", "nshb"), default="shb", help="search direction")
+    add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="digits needs no download")
+    add("--model", **one_of(*NETWORKS), default="ResNet18", help="network")
+    add("--optimizer", **one_of(*OPTIMIZERS), default="shb", help="search direction")
     add("--epochs", type=count, default=200, metavar="N", help="normal: passes over the training images")
     add("--lr", type=positive, default=0.1, metavar="ETA", help="learning rate")
     add("--batchsize", type=count, default=8, metavar="B", help="images a step")
@@ -196,7 +169,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="between two checkpoints",
     )
-    add("--print_name", action="store_true", help="print the run's state and directory, and do nothing else")
     add("--wandb_entity", type=_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
     add("--wandb_project", type=_name, default="role_of_momentum", help="project to log to")
     add(
@@ -213,7 +185,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word, flags=re.DOTALL) for word in argv
     ]
     args = build_parser().parse_args(normalized)
-    images = TRAINING_IMAGES[args.dataset]
+    images = DATASETS[args.dataset].train_images
     for flag in ("batchsize", "full_grad_batchsize"):
         if getattr(args, flag) > images and (flag == "batchsize" or args.mode == "sampling"):
             raise UserError(
@@ -259,30 +231,8 @@ def _short(value: float) -> str:
 def result_arguments(args: argparse.Namespace) -> dict:
     """The arguments that have a say in what the run `args` computes: none of other modes, no β for SGD."""
     left_out = {key for key, mode in ONE_MODE_ONLY.items() if mode != args.mode} | ADMINISTRATION
-    left_out |= {"beta1"} if args.optimizer == "sgd" else set()
+    left_out |= OPTIMIZER_FLAGS - set(OPTIMIZERS[args.optimizer].values())
     return {key: value for key, value in vars(args).items() if key not in left_out}
-
-
-def run_state(args: argparse.Namespace) -> str:
-    """`new`, `unfinished`, or the status that the run `args` names has ended with. UserError as `ended_run`."""
-    summary = ended_run(args)
-    if summary:
-        return summary["status"]
-    return "unfinished" if (args.runs_dir / args.name).exists() else "new"
-
-
-def ended_run(args: argparse.Namespace) -> dict | None:
-    """The summary of the run that `args` names, if it has ended and going on with `args` would add nothing.
-
-    Raises UserError if it was made with other arguments, or went further than `args` allow.
-    """
-    summary = read_summary(args.runs_dir / args.name)
-    if summary is None:
-        return None
-    refuse(differences(summary["args"], args) or lower_cap(summary["steps"], args), args)
-    further_eps = args.mode == "critical" and not set(args.eps) <= set(summary["args"].get("eps", []))
-    final = summary["status"] == "diverged" or (args.mode == "critical" and summary["status"] == "finished")
-    return summary if not further_eps and (final or planned_steps(args) <= summary["steps"]) else None
 
 
 def planned_steps(args: argparse.Namespace) -> int:
@@ -293,75 +243,4 @@ def planned_steps(args: argparse.Namespace) -> int:
 
 def steps_per_epoch(args: argparse.Namespace) -> int:
     """Updates in one pass over the training images, the partial last batch included."""
-    return -(-TRAINING_IMAGES[args.dataset] // args.batchsize)
-
-
-def differences(before: dict, args: argparse.Namespace) -> str:
-    """The arguments in `args` that would make another result than those `before`, as text; empty if none."""
-    now = plain(result_arguments(args))
-    named = [f"--{k} {v} (was {before.get(k)})" for k, v in now.items() if k not in EXTENSIBLE and before.get(k) != v]
-    return f"was begun with other arguments: {', '.join(named)}; give the same" if named else ""
-
-
-def lower_cap(steps: int, args: argparse.Namespace) -> str:
-    """What in `args` would end a run before the `steps` it has made already, as text; empty if nothing."""
-    if planned_steps(args) >= steps:
-        return ""
-    by_cap = (args.max_steps or ENDLESS) < steps
-    given = f"--max_steps {args.max_steps}" if by_cap else f"--epochs {args.epochs}"
-    return f"is at step {steps} already, beyond {given}; give as much or more"
-
-
-def refuse(reason: str, args: argparse.Namespace) -> None:
-    """Raise UserError if there is a `reason` not to go on with the run that `args` names."""
-    if reason:
-        raise UserError(f"argument --resume: {args.runs_dir / args.name} {reason}, or another --name")
-
-
-def read_args(directory: Path) -> dict:
-    """args.json of the run in `directory`; empty where it is missing or damaged."""
-    try:
-        content = read_json(directory / "args.json")
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content.get("args"), dict) else {}
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises OSError if it cannot be read, ValueError if it is no file or holds none."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("it holds no object")
-    return content
-
-
-def plain(value):
-    """`value` for JSON: paths become strings, numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
-def read_summary(directory: Path) -> dict | None:
-    """summary.json of a run that has ended; None where there is none, or it is damaged (which is said)."""
-    file = directory / "summary.json"
-    try:
-        summary = read_json(file)
-        known = summary.get("status") in EXIT_STATUS
-        if not (known and isinstance(summary.get("args"), dict) and isinstance(summary.get("steps"), int)):
-            raise ValueError("its status, arguments or steps are not there")
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        warn(f"{file} is damaged ({error}); the run counts as unfinished")
-        return None
-    return summary
+    return -(-DATASETS[args.dataset].train_images // args.batchsize)

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from arguments import result_arguments, warn
+import numpy as np
+
+from arguments import result_arguments
+from messages import warn
 
 FINISH_LIMIT = 30.0  # seconds that wandb may take to end, once everything else is done
 
@@ -44,6 +47,27 @@ class Dashboard:
         """Log a row of metrics, beginning with `steps`."""
         if row["steps"] > self._logged:
             self.send(lambda run: run.log(row))
+
+    def log_histogram(self, key: str, values: np.ndarray, step: int) -> None:
+        """Log the histogram of an array as it is at `step`."""
+        counts = np.histogram(values, bins=100)
+
+        def log(run) -> None:
+            from wandb import Histogram
+
+            run.log({"steps": step, key: Histogram(np_histogram=counts)})
+
+        self.send(log)
+
+    def log_results(self, results: dict) -> None:
+        """Put how the run ended into its summary; what has a value for each ε becomes key/ε."""
+        totals = {}
+        for key, value in results.items():
+            if isinstance(value, dict):
+                totals |= {f"{key}/{name}": each for name, each in value.items()}
+            elif key != "accuracy":  # define_metric has its last and its greatest value there
+                totals[key] = value
+        self.send(lambda run: run.summary.update(totals))
 
     def send(self, call: Callable) -> None:
         """Have `call` use the wandb run, sooner or later; what goes wrong there is said once, and ends wandb."""

@@ -1,52 +1,23 @@
-"""The data sets as tensors that live on the device: loading, shuffling, and augmentation in one gather.
+"""A data set on the device: shuffling, and augmentation in one gather.
 
 Augmented pixels equal those of torchvision's PIL pipeline bit for bit: RandomCrop(32, padding=4),
 RandomHorizontalFlip, and for CIFAR-100 RandomRotation(15). What an epoch draws depends on the seed and the
 epoch alone, so any step of any epoch can be had again without a generator's history.
 """
 
-import fcntl
-import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arguments import TRAINING_IMAGES, UserError
+import datasets
+from datasets import DATASETS, Spec
 
 SHUFFLING, MEASURING = 1, 2  # streams of random numbers: measuring never changes training
 BLOCK = 1024  # images augmented at once: at small batches the launches of a block serve many steps
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is done with a data set's images. mean, std: a channel, on the scale [0, 1]. angle: in degrees."""
-
-    classes: int
-    test_images: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmented: bool = False
-    angle: float = 0.0
-
-
-SPECS = {
-    "CIFAR100": Spec(
-        classes=100,
-        test_images=10_000,
-        mean=(0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
-        std=(0.2673342858792401, 0.2564384629170883, 0.27615047132568404),
-        augmented=True,
-        angle=15.0,
-    ),
-    # A well-known wrong std (true: 0.2470, 0.2435, 0.2616), kept because the paper uses it.
-    "CIFAR10": Spec(10, 10_000, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), augmented=True),
-    "digits": Spec(10, 360, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 class Data:
@@ -157,78 +128,5 @@ def augmentation(dx: np.ndarray, dy: np.ndarray, flip: np.ndarray, degrees: np.n
 
 
 def load(name: str, data_dir: Path, device: torch.device, seed: int) -> Data:
-    """The data set `name` on `device`; CIFAR from `<data_dir>/<name>.npz`, downloaded first if it is missing.
-
-    Raises UserError if the file is damaged, or missing and not to be had.
-    """
-    try:
-        arrays = _digits() if name == "digits" else _cifar(name, data_dir)
-    except OSError as error:
-        raise UserError(f"argument --data_dir: {data_dir} cannot be used ({error})") from error
-    return Data(SPECS[name], arrays, device, seed)
-
-
-def _digits() -> dict[str, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)
-    images = np.repeat(images.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    order = np.random.default_rng(0).permutation(len(images))  # a fixed split, whatever the seed
-    n = TRAINING_IMAGES["digits"]
-    parts = {"train": order[:n], "test": order[n:]}
-    return {f"{k}_{part}": v[i] for part, i in parts.items() for k, v in (("x", images), ("y", digits.target))}
-
-
-def _cifar(name: str, data_dir: Path) -> dict[str, np.ndarray]:
-    cache = data_dir / f"{name}.npz"
-    if not cache.exists():
-        _download(name, data_dir, cache)
-    spec, arrays = SPECS[name], {}
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            for part, n in (("train", TRAINING_IMAGES[name]), ("test", spec.test_images)):
-                x, y = file[f"x_{part}"], file[f"y_{part}"]
-                if x.dtype != np.uint8 or x.shape != (n, 32, 32, 3):
-                    raise ValueError(f"x_{part} is {x.dtype} {x.shape}, not uint8 {(n, 32, 32, 3)}")
-                if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= spec.classes:
-                    raise ValueError(f"y_{part} does not hold {n} labels from 0 to {spec.classes - 1}")
-                arrays |= {f"x_{part}": x, f"y_{part}": y.astype(np.int64)}
-    except Exception as error:  # whatever garbage in a file brings about
-        raise UserError(
-            f"argument --data_dir: {cache} is damaged or not ours ({error}); delete it, and the next run makes it anew"
-        ) from error
-    return arrays
-
-
-def _download(name: str, data_dir: Path, cache: Path) -> None:
-    import torchvision
-
-    created = [p for p in (data_dir, *data_dir.parents) if not p.exists()]
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        directory = os.open(data_dir, os.O_RDONLY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)  # of several runs started at once, one downloads
-            if cache.exists():
-                return
-            arrays = {}
-            for part in ("train", "test"):
-                source = getattr(torchvision.datasets, name)(data_dir, train=part == "train", download=True)
-                arrays |= {f"x_{part}": source.data, f"y_{part}": np.asarray(source.targets)}
-            temporary = cache.with_suffix(f".{os.getpid()}.npz")
-            try:
-                np.savez(temporary, **arrays)
-                os.replace(temporary, cache)
-            finally:
-                temporary.unlink(missing_ok=True)
-        finally:
-            os.close(directory)
-    except (OSError, RuntimeError) as error:
-        for path in created:
-            if path.is_dir() and not os.listdir(path):
-                path.rmdir()
-        raise UserError(
-            f"argument --data_dir: {cache} is missing and could not be downloaded ({error}); "
-            "put the file there, or name the directory that holds it, or try --dataset digits, which needs none"
-        ) from error
+    """The data set `name` on `device`. Raises UserError if its files are damaged, or missing and not to be had."""
+    return Data(DATASETS[name], datasets.read(name, data_dir), device, seed)

@@ -26,7 +26,8 @@ class SGD(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @staticmethod
-    def _search_direction(m: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
+    def _search_direction(m: list[Tensor], g: list[Tensor], group: dict) -> list[Tensor]:
+        """d_t of a group's gradients g; turns its buffers m from m_{t−1} into m_t, in place. May be g or m itself."""
         return g
 
     def add_param_group(self, param_group: dict) -> None:
@@ -50,7 +51,7 @@ class SGD(Optimizer):
                 loss = closure()
         for group, params, m, g in self._groups():
             if params:
-                d = self._search_direction(m, g, group.get("momentum", 0))
+                d = self._search_direction(m, g, group)
                 torch._foreach_add_(params, d, alpha=-group["lr"])
         return loss
 
@@ -63,7 +64,7 @@ class SGD(Optimizer):
         """
         direction = []
         for group, params, m, g in self._groups(peek=True):
-            d = self._search_direction(m, [x.clone() for x in g], group.get("momentum", 0)) if params else []
+            d = self._search_direction(m, [x.clone() for x in g], group) if params else []
             moved = dict(zip(params, d, strict=True))
             direction += [moved[p] if p in moved else torch.zeros_like(p) for p in group["params"]]
         return direction
@@ -88,8 +89,10 @@ class SHB(SGD):
         Optimizer.__init__(self, params, {"lr": lr, "momentum": momentum})
 
     @staticmethod
-    def _search_direction(m: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
-        return _scale_add(m, beta, g, 1)
+    def _search_direction(m: list[Tensor], g: list[Tensor], group: dict) -> list[Tensor]:
+        torch._foreach_mul_(m, group["momentum"])
+        torch._foreach_add_(m, g)
+        return m
 
     def _momentum(self, params: list[Tensor], peek: bool) -> list[Tensor]:
         m = []
@@ -110,15 +113,8 @@ class NSHB(SHB):
     """
 
     @staticmethod
-    def _search_direction(m: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
-        return _scale_add(m, beta, g, 1 - beta)
-
-
-def _scale_add(m: list[Tensor], beta: float, g: list[Tensor], weight: float) -> list[Tensor]:
-    """m ← β m + weight · g, in place: the buffers become the direction, m_t = d_t."""
-    torch._foreach_mul_(m, beta)
-    torch._foreach_add_(m, g, alpha=weight)
-    return m
-
-
-OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB}
+    def _search_direction(m: list[Tensor], g: list[Tensor], group: dict) -> list[Tensor]:
+        beta = group["momentum"]
+        torch._foreach_mul_(m, beta)
+        torch._foreach_add_(m, g, alpha=1 - beta)
+        return m

@@ -1,7 +1,6 @@
-"""Device, seeding, memory, signals, and files that are written whole or not at all."""
+"""Device, seeding, memory, signals."""
 
 import ctypes
-import json
 import os
 import platform
 import random
@@ -9,13 +8,12 @@ import shutil
 import signal
 import subprocess
 from argparse import Namespace
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from arguments import UserError, plain
+from messages import UserError
 
 # --- setting up ---------------------------------------------------------------------------------------------
 
@@ -114,36 +112,3 @@ class Signals:
         """Raise Stopped if a signal has come: called where the run's state is whole."""
         if self.signum:
             raise Stopped(self.signum)
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path, keep: Path | None = None):
-    """A binary file to write that takes the place of `path` when it is complete and on disk, or never.
-
-    keep: where the file that was at `path` goes then, instead of being lost.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_json(content: dict) -> bytes:
-    """`content` as the text of a JSON file."""
-    return json.dumps(plain(content), indent=1, allow_nan=False).encode() + b"\n"
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` as JSON, whole or not at all."""
-    with replacing(path) as file:
-        file.write(to_json(content))

@@ -16,15 +16,18 @@ import torch._dynamo  # an optimizer loads it, which takes a second
 from conftest import PATIENCE, Tiny
 
 import arguments
+import checkpoints
 import main
+import messages
 import models
 import record
+import training
 import utils
 
 torch.set_num_threads(1)
 _digits = sklearn.datasets.load_digits()
 sklearn.datasets.load_digits = lambda: _digits  # read once, before forking
-_replace, _save, _evaluate, _after = os.replace, torch.save, main.evaluate, {"n": 0}
+_replace, _save, _evaluate, _after = os.replace, torch.save, training.Training.evaluate, {"n": 0}
 
 
 def _kill():
@@ -44,14 +47,14 @@ def die_in_write(content, file):
 def die_between_renames(source, target):
     """SIGKILL when the newest checkpoint has become the one before and the new one is not in place."""
     _replace(source, target)
-    if Path(target).name == record.CHECKPOINTS[1]:
+    if Path(target).name == checkpoints.NAMES[1]:
         _kill()
 
 
 def die_after_rename(source, target):
     """SIGKILL right after a checkpoint is in place, the third time."""
     _replace(source, target)
-    _after["n"] += Path(target).name == record.CHECKPOINTS[0]
+    _after["n"] += Path(target).name == checkpoints.NAMES[0]
     if _after["n"] == 3:
         _kill()
 
@@ -103,6 +106,7 @@ MEDDLING = {
     "replace_metrics": replace_metrics,
     "delete_metrics": lambda: os.unlink("runs/r/metrics.csv"),
     "delete_args": lambda: os.unlink("runs/r/args.json"),
+    "cut_metrics": lambda: os.truncate("runs/r/metrics.csv", 10),
     "cut_norms": lambda: os.truncate("runs/r/gradient_norms.f32", 10),
     "delete_norms": lambda: os.unlink("runs/r/gradient_norms.f32"),
 }
@@ -138,20 +142,20 @@ def _run(argv, directory, sabotage):
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    models._MODELS["ResNet20"] = Tiny
+    models.build = lambda name, num_classes: Tiny(num_classes)
     kind, _, value = sabotage.partition("=")
     if kind in ("die_in_write", "slow_write"):
         torch.save = globals()[kind]
     elif kind.startswith("die"):
         os.replace = globals()[kind]
     elif kind == "lucky":
-        main.evaluate = lucky
+        training.Training.evaluate = lucky
     elif kind == "signal_at":
-        Signalling.at, main.Signals = int(value), Signalling
+        Signalling.at, utils.Signals = int(value), Signalling
     elif kind == "file_limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), int(value)))
     elif kind in MEDDLING:
-        Meddling.kind, main.Signals = kind, Meddling
+        Meddling.kind, utils.Signals = kind, Meddling
     elif kind == "no_locks":
         fcntl.flock = no_locks
     elif kind == "lose_omega":
@@ -168,7 +172,7 @@ def _run(argv, directory, sabotage):
         os.setuid(65534)
     try:
         args = arguments.parse(["--device", "cpu", *argv])
-    except arguments.UserError as error:
+    except messages.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(main.run_and_report(args))

@@ -72,9 +72,17 @@ def summary(directory):
     return json.loads((directory / "summary.json").read_text())
 
 
+def committed(windows, run):
+    """The windows of a run, each committed as an experiment does."""
+    for window in windows:
+        run.commit(window)
+        yield window
+
+
 def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True, device="cpu"):
     """Random images with random labels, as a Data."""
     import data
+    from datasets import Spec
 
     rng = np.random.default_rng(seed)
     arrays = {}
@@ -82,7 +90,7 @@ def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True, device="cpu")
         arrays[f"x_{part}"] = rng.integers(0, 256, (k, 32, 32, 3), dtype=np.uint8)
         arrays[f"y_{part}"] = rng.integers(0, classes, k)
     angle = 15.0 if augmented else 0.0
-    spec = data.Spec(classes, n_test, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), augmented, angle)
+    spec = Spec(n, n_test, classes, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None, augmented, angle)
     return data.Data(spec, arrays, torch.device(device), seed)
 
 

@@ -126,7 +126,6 @@ def test_what_only_the_machine_can_tell(tmp_path):
         (["--dataset", "CIFAR10", "--data_dir", "file"], ["--data_dir", "file"]),
         (["--dataset", "CIFAR10", "--data_dir", "x" * 300], ["--data_dir", "too long"]),
         (["--runs_dir", "x" * 300], ["--runs_dir", "too long"]),
-        (["--runs_dir", "file", "--print_name"], ["file"]),
     ):
         # Where there is a network, the download must fail all the same.
         env = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -197,13 +196,11 @@ def test_a_wandb_mode_that_does_not_exist(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_of_flags_take_either_dash(tmp_path):
+def test_names_of_flags_take_either_dash():
     for flag in ("--runs-dir", "--runs_dir"):
-        done = run_main("--print-name", flag, "a-b_c", "--wandb_project=x", cwd=tmp_path)
-        assert done.stdout == "new a-b_c/normal-CIFAR100-ResNet18-shb-b8-lr0.1-beta0.9-seed0\n"
-    done = run_main("--print_name", "--optimizer=sgd", "--mode=critical", cwd=tmp_path)
-    assert done.stdout == "new runs/critical-CIFAR100-ResNet18-sgd-b8-lr0.1-seed0\n"
-    assert list(tmp_path.iterdir()) == []
+        args = parse([flag, "a-b_c", "--wandb_project=x"])
+        assert (args.runs_dir, args.name) == (Path("a-b_c"), "normal-CIFAR100-ResNet18-shb-b8-lr0.1-beta0.9-seed0")
+    assert parse(["--optimizer=sgd", "--mode=critical"]).name == "critical-CIFAR100-ResNet18-sgd-b8-lr0.1-seed0"
 
 
 OTHER_RESULTS = [  # what makes another result and cannot be added to a run later

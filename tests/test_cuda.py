@@ -7,15 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, summary
+from conftest import committed, make_data, summary
 
 import arguments
 import data as datasets
 import main
 import models
-import noise
 import training
-from shb import OPTIMIZERS
+import utils
+from arguments import OPTIMIZERS
+from measure.gradients import gradient
+from models import NETWORKS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = "cuda:0"
@@ -29,14 +31,13 @@ def images(**options):
 def make(*flags):
     """A Training of ResNet20 on random images, without a record."""
     args = arguments.parse([*FLAGS, *map(str, flags)])
-    main.set_up(args)
+    utils.set_up(args)
     return training.Training(args, images(), None, None)
 
 
 def trajectory(run, last):
     """Losses, gradient norms and the weights that `run` ends with."""
-    run.last = last
-    windows = list(run.windows())
+    windows = list(committed(run.windows(last), run))
     values = [np.concatenate([getattr(w, key) for w in windows]) for key in ("losses", "norms")]
     return *values, [v.cpu() for v in run.model.state_dict().values()]
 
@@ -79,9 +80,8 @@ def test_capturing_leaves_no_trace():
 @pytest.mark.parametrize("flags", [(), ("--compile",), ("--save_memory",)])
 def test_no_step_waits_for_the_gpu(flags):
     run = make("--batchsize", 8, *flags)
-    run.last, step = 100, run.train_step
-    list(run.windows())
-    run.last = 150
+    step = run.train_step
+    list(committed(run.windows(100), run))
 
     def watched(x, y):  # from here on, since an epoch begins with copies of its plan
         torch.cuda.set_sync_debug_mode("error")
@@ -90,7 +90,7 @@ def test_no_step_waits_for_the_gpu(flags):
     run.train_step = watched
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):  # the reading of the window, and nothing before it
-            next(run.windows())
+            next(run.windows(150))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.step == 150
@@ -116,15 +116,15 @@ def test_saving_memory_changes_nothing_but_the_memory(flags):
     assert peaks[1] < 0.8 * peaks[0]
 
 
-@pytest.mark.parametrize("name", arguments.MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_gives_what_it_gives_on_the_cpu(name):
-    main.set_up(arguments.parse([*FLAGS, "--precision", "ieee", "--deterministic"]))
+    utils.set_up(arguments.parse([*FLAGS, "--precision", "ieee", "--deterministic"]))
     torch.manual_seed(0)
     here = models.build(name, 10)
     there = copy.deepcopy(here).to(GPU, memory_format=torch.channels_last)
     batches = [next(make_data(64, device=device).epoch(0, 16)) for device in ("cpu", GPU)]
     sides = zip((here, there), batches, strict=True)
-    gradients = [noise.gradient(model, *batch, list(model.parameters())) for model, batch in sides]
+    gradients = [gradient(model, *batch, list(model.parameters())) for model, batch in sides]
     for x, y in zip(*gradients, strict=True):
         assert torch.linalg.vector_norm(y.cpu() - x) <= 1e-2 * torch.linalg.vector_norm(x) + 1e-4
 

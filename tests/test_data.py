@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 import types
 from pathlib import Path
@@ -12,7 +13,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 import data
-from arguments import UserError
+from datasets import DATASETS
+from messages import UserError
 
 CPU = torch.device("cpu")
 
@@ -94,7 +96,7 @@ def test_distributions_are_torchvision_s():
 
 
 def test_cifar10_is_cropped_and_flipped_but_not_rotated():
-    assert data.SPECS["CIFAR10"].angle == 0 and data.SPECS["CIFAR10"].augmented
+    assert DATASETS["CIFAR10"].angle == 0 and DATASETS["CIFAR10"].augmented
     d = make_data(500)
     plan = data.draw_augmentation(np.random.default_rng(0), 500, 0.0)
     sign, dx, dy = plan[:, 6], plan[:, 7], plan[:, 8]
@@ -131,8 +133,8 @@ def test_the_real_cifar100_has_the_paper_s_mean_and_std(cifar_dir):
 @pytest.fixture
 def small_cifar(monkeypatch):
     """CIFAR10 with 12 and 4 images, so that files are quick to make."""
-    monkeypatch.setitem(data.TRAINING_IMAGES, "CIFAR10", 12)
-    monkeypatch.setitem(data.SPECS, "CIFAR10", data.Spec(10, 4, (0.5,) * 3, (0.5,) * 3))
+    small = dataclasses.replace(DATASETS["CIFAR10"], train_images=12, test_images=4, augmented=False)
+    monkeypatch.setitem(DATASETS, "CIFAR10", small)
     rng = np.random.default_rng(0)
     return {
         "x_train": rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8),

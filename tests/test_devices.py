@@ -12,6 +12,7 @@ from conftest import ROOT, run_main
 import arguments
 import main
 import utils
+from messages import UserError
 
 
 def set_gpus(monkeypatch, count, mps=False):
@@ -29,7 +30,7 @@ def test_auto_is_the_best_there_is(gpus, mps, best, monkeypatch):
 def test_a_name_is_taken_at_its_word(monkeypatch):
     set_gpus(monkeypatch, 2)
     assert [str(utils.pick_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
-    with pytest.raises(arguments.UserError, match=r"--device: got 'cuda:2', this machine has cuda:0, cuda:1, cpu"):
+    with pytest.raises(UserError, match=r"--device: got 'cuda:2', this machine has cuda:0, cuda:1, cpu"):
         utils.pick_device("cuda:2")
 
 
@@ -69,9 +70,9 @@ def test_a_test_that_lets_auto_decide_fails_beneath_a_sweep(tmp_path):
 
 def test_settings_of_the_backends_are_changed(monkeypatch):
     """Together with the next: what one test has set up does not reach another."""
-    main.set_up(arguments.parse(["--precision", "ieee", "--deterministic"]))
+    utils.set_up(arguments.parse(["--precision", "ieee", "--deterministic"]))
     assert torch.backends.cudnn.conv.fp32_precision == "ieee" and torch.are_deterministic_algorithms_enabled()
-    main.set_up(arguments.parse([]))
+    utils.set_up(arguments.parse([]))
     assert torch.backends.cudnn.benchmark
 
 

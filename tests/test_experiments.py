@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Tiny, make_data, summary
+from conftest import ROOT, Tiny, committed, make_data, summary
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 import arguments
@@ -17,12 +17,16 @@ import data as datasets
 import main
 import models
 import training
-from shb import OPTIMIZERS
+import utils
+from arguments import OPTIMIZERS
+from measure.gradients import gradient_norm
+from measure.noise import measure
+from state import first_crossing
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(models._MODELS, "ResNet20", Tiny)
+    monkeypatch.setattr(models, "build", lambda name, num_classes: Tiny(num_classes))
 
 
 def start(*argv, data=None):
@@ -71,8 +75,7 @@ def slow_training(args, data, steps):
 @pytest.mark.parametrize("batchsize", [100, 479, 1437])
 def test_training_is_the_textbook_loop(optimizer, batchsize):
     run = start("--optimizer", optimizer, "--batchsize", batchsize, "--lr", 0.05)
-    run.last = 33
-    windows = list(run.windows())
+    windows = list(committed(run.windows(33), run))
     seen, model = slow_training(run.args, run.data, 33)
     losses, norms, hits, sizes = np.array(seen).T
     got = {k: np.concatenate([getattr(w, k) for w in windows]) for k in ("steps", "losses", "norms", "hits", "sizes")}
@@ -86,8 +89,7 @@ def test_training_is_the_textbook_loop(optimizer, batchsize):
 
 def test_the_device_is_read_every_window_and_at_the_end_of_an_epoch(monkeypatch):
     run = start("--batchsize", 4)  # 360 steps an epoch
-    run.last = 1000
-    ends = [int(w.steps[-1]) for w in run.windows()]
+    ends = [int(w.steps[-1]) for w in committed(run.windows(1000), run)]
     assert ends == [200, 360, 400, 600, 720, 800, 1000]
 
 
@@ -95,8 +97,7 @@ def test_nshb_at_lr_over_one_minus_beta_is_shb_at_lr():
     losses = {}
     for name, lr in (("shb", 0.02), ("nshb", 0.2)):
         run = start("--optimizer", name, "--lr", lr, "--batchsize", 128)
-        run.last = 100
-        losses[name] = np.concatenate([w.losses for w in run.windows()])
+        losses[name] = np.concatenate([w.losses for w in committed(run.windows(100), run)])
     np.testing.assert_allclose(losses["shb"], losses["nshb"], rtol=2e-3)
 
 
@@ -146,7 +147,7 @@ def test_the_gradient_norm_is_exact_in_float32(shapes, seed):
     torch.manual_seed(seed)
     gradients = [torch.randn(shape) * torch.rand(()) for shape in shapes]
     exact = sum(g.double().square().sum().item() for g in gradients) ** 0.5
-    assert training.gradient_norm(gradients).item() == pytest.approx(exact, rel=1e-7)
+    assert gradient_norm(gradients).item() == pytest.approx(exact, rel=1e-7)
 
 
 @pytest.mark.parametrize("first", [1, 201])
@@ -155,7 +156,7 @@ def test_the_gradient_norm_is_exact_in_float32(shapes, seed):
 def test_first_crossing_against_a_loop(first, first_check, eps):
     means = np.random.default_rng(first_check).integers(0, 9, 20) / 4  # some equal to ε
     expected = next((first + i for i, m in enumerate(means) if m <= eps and first + i >= first_check), None)
-    assert main.first_crossing(means, first, eps, first_check) == expected
+    assert first_crossing(means, first, eps, first_check) == expected
 
 
 def test_a_new_eps_is_looked_for_in_the_history_in_double_precision():
@@ -168,9 +169,9 @@ def test_a_new_eps_is_looked_for_in_the_history_in_double_precision():
             break
     in_float32 = np.cumsum(norms) / np.arange(1, len(norms) + 1)
     assert np.flatnonzero(in_float32 <= 0.97)[0] + 1 != expected  # or else this test could not tell
-    record = SimpleNamespace(history=SimpleNamespace(read=lambda: norms))
+    record = SimpleNamespace(norms=SimpleNamespace(norms=lambda: norms))
     args = SimpleNamespace(eps=[0.97, 0.5])
-    known = SimpleNamespace(args=args, results={"steps_to_eps": {"0.5": 7}}, sums={"steps": len(norms)}, record=record)
+    known = SimpleNamespace(args=args, results={"steps_to_eps": {"0.5": 7}}, record=record)
     assert main.reached_before(known, 1) == {"0.97": expected, "0.5": 7}
 
 
@@ -205,11 +206,10 @@ def test_what_was_reached_at_the_first_check_is_marked(tmp_path, capsys, eps, ma
 
 
 def test_a_sum_of_millions_is_added_in_double_precision():
-    run = start("--mode", "critical")
-    run.sums |= {"norm": 5e6 * 0.1, "steps": 5_000_000}
+    total = training.Sums(steps=5_000_000, norm=5e6 * 0.1)
     window = training.Window(np.arange(5_000_001, 5_000_201), *(np.full(200, 0.1),) * 4)
     exact = (5e5 + 0.1 * np.arange(1, 201)) / window.steps
-    np.testing.assert_allclose(run.running_sums(window) / window.steps, exact, rtol=1e-14)
+    np.testing.assert_allclose(total.running_norms(window) / window.steps, exact, rtol=1e-14)
 
 
 def test_normal_records_the_textbook_numbers_every_epoch(tmp_path):
@@ -238,7 +238,7 @@ def test_normal_records_the_textbook_numbers_every_epoch(tmp_path):
 
 def test_the_best_accuracy_is_the_best_of_all_epochs(tmp_path, monkeypatch):
     accuracies = iter([50.0, 70.0, 60.0])
-    monkeypatch.setattr(main, "evaluate", lambda run: (next(accuracies), 1.0))
+    monkeypatch.setattr(training.Training, "evaluate", lambda run: (next(accuracies), 1.0))
     _, directory = run(tmp_path, "--batchsize", 479, "--epochs", 3)
     results = summary(directory)["results"]
     assert (results["accuracy"], results["best_accuracy"]) == (60.0, 70.0)
@@ -268,22 +268,19 @@ def test_max_steps_ends_any_mode(tmp_path, mode):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_goes_on_as_if_nothing_had_been_measured(optimizer):
     """Bit for bit: weights, buffers, optimizer state, losses and norms, with a test and a measurement every step."""
-    from noise import measure
-
     plain, measured = (start("--optimizer", optimizer, "--batchsize", 128, data=make_data(700)) for _ in range(2))
-    plain.last = measured.last = 12
     assert plain.steps_per_epoch == 6
     for run, measuring in ((plain, False), (measured, True)):
         step = run.eager_step
 
         def observed(x, y, run=run, step=step, measuring=measuring):
             if measuring:
-                measure(run.model, run.optimizer, (x, y), run.data, run.step, 333)
-                main.evaluate(run)
+                measure(run.model, run.optimizer, (x, y), run.data.full_pass(run.step, 333), run.data.size)
+                run.evaluate()
             return step(x, y)
 
         run.train_step = observed
-    a, b = (list(run.windows()) for run in (plain, measured))
+    a, b = (list(committed(run.windows(12), run)) for run in (plain, measured))
     for w, v in zip(a, b, strict=True):
         assert np.array_equal(w.losses, v.losses) and np.array_equal(w.norms, v.norms)
     for p, q in zip(plain.model.state_dict().values(), measured.model.state_dict().values(), strict=True):
@@ -348,7 +345,7 @@ def test_what_is_not_finite_only_when_measured_is_a_divergence_too(tmp_path, mod
 
 def test_a_gradient_that_is_not_finite_is_a_divergence_even_if_the_loss_is(monkeypatch):
     run = start("--batchsize", 128)
-    run.last, step = 40, run.eager_step
+    step = run.eager_step
 
     def broken(x, y):
         out = step(x, y)
@@ -357,8 +354,8 @@ def test_a_gradient_that_is_not_finite_is_a_divergence_even_if_the_loss_is(monke
         return out
 
     run.train_step = broken
-    steps = [int(w.steps[-1]) for w in run.windows()]
-    assert run.diverged_at == 21 and steps == [12, 20]
+    steps = [int(w.steps[-1]) for w in committed(run.windows(40), run)]
+    assert run.outcome == "diverged" and run.diverged_at == 21 and steps == [12, 20]
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
@@ -387,7 +384,7 @@ def test_bf16_holds_where_the_test_images_are_evaluated():
         trained = start("--precision", precision)
         with torch.no_grad():
             trained.model.linear.weight.mul_(30)  # or else rounding hardly shows in the loss
-        found[precision] = main.evaluate(trained)[1]
+        found[precision] = trained.evaluate()[1]
     model = trained.model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(trained.data.normalize(trained.data.x_test)).float()
@@ -405,7 +402,8 @@ def test_bf16_holds_where_the_noise_is_measured(tmp_path):
     trained = start(*argv)
     with torch.autocast("cpu", torch.bfloat16):
         batch = next(trained.data.epoch(0, 128))
-        expected, _ = main.measure(trained.model, trained.optimizer, batch, trained.data, 0, 1000)
+        chunks, n = trained.data.full_pass(0, 1000), trained.data.size
+        expected, _ = measure(trained.model, trained.optimizer, batch, chunks, n)
     assert found["bf16"] == expected["noise_norm"] != found["default"]
 
 
@@ -414,7 +412,7 @@ def test_ieee_turns_tf32_off(precision):
     backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     for backend in backends:
         backend.fp32_precision = "tf32"
-    main.set_up(start("--precision", precision).args)
+    utils.set_up(start("--precision", precision).args)
     expected = "ieee" if precision == "ieee" else "tf32"
     assert [backend.fp32_precision for backend in backends] == [expected] * 2
 

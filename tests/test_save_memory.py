@@ -9,11 +9,11 @@ from conftest import make_data
 
 import arguments
 import bench
-import main
-import noise
 import training
-
-NETWORKS = [*arguments.MODELS]
+from files import plain as as_json
+from measure.gradients import full_gradient, gradient, unchanged
+from models import NETWORKS
+from state import differences
 
 
 def trainings(network, *argv, data=None):
@@ -52,11 +52,11 @@ def test_measuring_and_evaluating_are_the_same_bit_for_bit(network):
         batch = next(run.data.epoch(0, 2))
         run.train_step(*batch)
         before = {k: v.clone() for k, v in run.model.state_dict().items()}
-        full = noise.full_gradient(run.model, run.data.full_pass(1, 3), 5)
-        with noise.unchanged(run.model, training=False):
-            one = noise.gradient(run.model, *batch, list(run.model.parameters()))
+        full = full_gradient(run.model, run.data.full_pass(1, 3), 5)
+        with unchanged(run.model, training=False):
+            one = gradient(run.model, *batch, list(run.model.parameters()))
         assert same_bits(before, run.model.state_dict())
-        measured.append((main.evaluate(run), [*full, *one]))
+        measured.append((run.evaluate(), [*full, *one]))
     assert measured[0][0] == measured[1][0]
     assert all(torch.equal(a, b) for a, b in zip(measured[0][1], measured[1][1], strict=True))
 
@@ -71,7 +71,7 @@ def test_much_less_is_kept_and_one_block_at_a_time_recomputed(network):
 
 def test_a_run_may_go_on_with_it_from_a_checkpoint_without_it():
     plain, saving = trainings("ResNet20", "--batchsize", 20)
-    assert arguments.differences(arguments.plain(vars(plain.args)), saving.args) == ""
+    assert differences(as_json(vars(plain.args)), saving.args) == ""
     contents = []
     plain.record = SimpleNamespace(save_checkpoint=contents.append)
     batches = list(plain.data.epoch(0, 20))

@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 
-from shb import NSHB, OPTIMIZERS, SGD, SHB
+from shb import NSHB, SGD, SHB
+
+OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB}
 
 SHAPES = [(3,), (4, 5), (2, 3, 3, 3), ()]
 

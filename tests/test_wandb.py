@@ -212,7 +212,7 @@ HANGING = """if True:
     import sys
     sys.path[:0] = [{root!r}, {tests!r}]
     import arguments, child, conftest, dashboard, main, models, record
-    models._MODELS["ResNet20"] = conftest.Tiny
+    models.build = lambda name, num_classes: conftest.Tiny(num_classes)
     dashboard.FINISH_LIMIT = {limit}
     finish = record.Record.finish
     def stopping(*arguments):
