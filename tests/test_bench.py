@@ -1,144 +1,66 @@
+"""bench.py: its sides in this process, on a small network; the rest with stand-ins for them, and once as it is."""
+
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from contextlib import suppress
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PATIENCE, ROOT, Tiny, make_data
+from conftest import PATIENCE, ROOT, Tiny, committed, make_data
 
 import arguments
 import bench
+import bench_sides
 import models
-import shb
-from record import NORMS
+import utils
+from files import Norms, Rows
+from messages import UserError
+from training import Training
 
-# bench.py as a command, with a network and a data set so small that a block of steps takes no time; its children
-# import this too.
-COMMAND = """
-import sys
-import bench, conftest, models
-models._MODELS["ResNet20"] = conftest.Tiny
-bench.load = lambda args, images=2048: conftest.make_data(n=images, classes=100)
-if __name__ == "__main__":
-    sys.exit(bench.run(sys.argv[1:]))
-"""
+# --- the sides ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def networks(monkeypatch):
-    """ResNet20 is Tiny; the list of all that have been built."""
+    """Every network is Tiny; the list of all that have been built."""
     built = []
-    monkeypatch.setitem(models._MODELS, "ResNet20", lambda classes: built.append(Tiny(classes)) or built[-1])
+    monkeypatch.setattr(models, "build", lambda name, classes: built.append(Tiny(classes)) or built[-1])
     return built
 
 
-def args_of(tmp_path, mode="normal", batchsize=60, start=0, name="x"):
-    argv = ["--dataset", "digits", "--model", "ResNet20", "--mode", mode, "--batchsize", batchsize, "--lr", 0.05]
+def args_of(tmp_path, mode="normal", batchsize=60, name="x", lr=0.05):
+    argv = ["--dataset", "digits", "--model", "ResNet20", "--mode", mode, "--batchsize", batchsize, "--lr", lr]
     argv += ["--eps", 1e-9, "--runs_dir", tmp_path, "--name", name, "--wandb_mode", "disabled", "--epochs", 10**9]
-    argv += ["--device", "cpu"]
-    args = arguments.parse(list(map(str, argv)))
-    args.start = start
-    return args
+    return arguments.parse([*map(str, argv), "--device", "cpu"])
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bench")
-    (directory / "command.py").write_text(COMMAND)
-    argv = ["--quick", "--batchsizes", "64", "--seconds", "0.01", "--out", "out.json", "--data-dir", "nowhere"]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "command.py", *argv, "--device", "cpu"]
-    done = subprocess.run(
-        command, cwd=directory, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done
-    assert sorted(os.listdir(directory)) == ["command.py", "out.json"] or "__pycache__" in os.listdir(directory)
-    return done, json.loads((directory / "out.json").read_text())
+def make(side, args, data, steps, start=1):
+    """Let a side make so many steps from step `start` on, and the clock that it was given."""
+    clock = bench_sides.Clock(torch.device("cpu"), 2, steps - 2)
+    torch.manual_seed(args.seed)
+    with suppress(utils.Stopped):
+        bench_sides.SIDES[side](args, data, clock, start)
+    return clock
 
 
-def test_ratios_are_quotients_of_the_medians_written(measured):
-    _, content = measured
-    rows = {(r["side"], r["mode"], r["start"]): r for r in content["rows"]}
-    sides = {(n, m, 1000) for n in ("ours", "textbook") for m in ("normal", "critical")}
-    sides |= {("ours", "critical", 10**6), ("textbook", "critical", 10**6), ("ours", "sampling", 1000)}
-    assert set(rows) == sides | {("bare", "normal", 1000), ("bare", "sampling", 1000)}
-    for (name, mode, start), row in rows.items():
-        seconds = row["seconds_a_step"]
-        assert row["quartiles"][0] <= seconds <= row["quartiles"][1]
-        assert row["images_a_second"] == pytest.approx(row["images_a_step"] / seconds)
-        assert row["steps_a_second"] == pytest.approx(1 / seconds)
-        assert 50e6 < row["peak_bytes"] < 4e9 and row["seconds_to_first_step"] > 0
-        others = {"over_bare": ("bare", "sampling" if mode == "sampling" else "normal", 1000)}
-        if mode != "sampling":
-            others["over_textbook"] = ("textbook", mode, start)
-        if mode == "critical":
-            others["over_normal"] = (name, "normal", 1000)
-        if start == 10**6:
-            others["over_early"] = (name, mode, 1000)
-        got = {key: value for key, value in row["ratios"].items() if key.startswith("over")}
-        if name == "ours":
-            assert got == pytest.approx({key: rows[o]["seconds_a_step"] / seconds for key, o in others.items()})
-            assert row["ratios"]["bare_memory"] > 0
-        else:
-            assert row["ratios"] == {}
-    assert all(rows["ours", m, 1000]["ratios"].keys() <= bench.BOUNDS.keys() for m in bench.MODES)
-    # The textbook's mean over a list is what grows; four bytes a step and a row a window are what ours records.
-    assert 4e6 < rows["ours", "critical", 10**6]["record_bytes_a_million_steps"] < 1e7
-
-
-def test_the_table_and_the_machine_are_shown(measured):
-    done, content = measured
-    assert content["environment"]["torch"] == torch.__version__ and content["environment"]["real"] is False
-    assert content["arguments"]["models"] == ["ResNet20"] and content["seconds_to_begin_an_epoch"] > 0
-    lines = done.stdout.splitlines()
-    assert "steps/s" in lines[1] and "images/s" in lines[1] and "peak MB" in lines[1]
-    for row, text in zip(content["rows"], lines[2:], strict=False):
-        assert text.startswith(f"ResNet20 b={row['images_a_step']} {row['side']} {row['mode']}")
-        assert len(text) == len(lines[1])
-    assert done.stderr == ""
-
-
-def test_save_memory_measures_both_sides_and_counts_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
-    def measure(args, data, model, images, sides):
-        assert [(mode, start) for _, mode, start in sides] == [("normal", 1000)] * 2
-        row = {"mode": "normal", "start": 1000, "model": model, "images_a_step": images, "ratios": {}}
-        row |= {"seconds_a_step": 0.5, "quartiles": [0.4, 0.6], "steps_a_second": 2, "images_a_second": 16}
-        row |= {"seconds_to_first_step": 1.0}
-        cost = {"ours": 20_000_000, "saving": 5_000_000}
-        return [row | {"side": side, "peak_bytes": 10**9 + images * cost[side]} for side, _, _ in sides]
-
-    monkeypatch.setattr(bench, "measure", measure)
-    argv = ["--save-memory", "--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path / "o.json")]
-    assert bench.run([*argv, "--batchsizes", "16", "64"]) == 0
-    content = json.loads((tmp_path / "o.json").read_text())
-    assert [(row["side"], row["images_a_step"]) for row in content["rows"]] == [
-        *(("ours", 16), ("saving", 16), ("ours", 64), ("saving", 64))
-    ]
-    counts = {(row["side"], row["images"]): row["kept_bytes"] for row in content["counted"]}
-    assert list(counts) == [(side, b) for b in (16, 64, 8192) for side in ("ours", "saving")]
-    # By hand, floats an image: the input of every BatchNorm and every ReLU's output, the stem's too.
-    outputs = 4 * (4 * 64 * 1024 + 4 * 128 * 256 + 4 * 256 * 64 + 4 * 512 * 16) // 2 + 2 * 64 * 1024
-    shortcuts = 128 * 256 + 256 * 64 + 512 * 16
-    assert counts["ours", 8192] == pytest.approx(4 * 8192 * (outputs + shortcuts), rel=0.01)
-    assert "ResNet18 b=8192 saving: 12.1 GB kept" in capsys.readouterr().out
-
-
-def test_images_are_the_cached_ones_or_random_ones(tmp_path, cifar_dir):
-    args = args_of(tmp_path)
-    for directory in (tmp_path, cifar_dir):
-        args.data_dir = directory
-        data = bench.load(args)
-        assert data.size == 50_000 and data.spec.augmented and int(data.y_train.max()) == 99
-        assert (data.y_train.bincount() == 500).all().item() == (directory == cifar_dir)
-    assert bench.load(args, 7).size == 7
-    assert os.listdir(tmp_path) == []
+def test_a_clock_reads_the_time_at_the_first_step_and_around_the_block(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench_sides.time, "perf_counter", lambda: now[0])
+    clock = bench_sides.Clock(torch.device("cpu"), 6, 10)
+    for made in (0, *range(1, 6), 6, 6, *range(7, 16)):  # the same twice, as where a test of the network lies between
+        now[0] = float(made)
+        clock.at(made)
+    now[0] = 16.0
+    with pytest.raises(utils.Stopped):
+        clock.at(16)
+    assert clock.times == [0, 1, 6, 16]
 
 
 def test_the_three_sides_train_the_same_network(networks, tmp_path):
@@ -146,9 +68,7 @@ def test_the_three_sides_train_the_same_network(networks, tmp_path):
     data = make_data(n=60, augmented=False)
     args = args_of(tmp_path)
     for side in ("textbook", "bare", "ours"):
-        block = bench.SIDES[side](args, data)
-        block(3)
-        block(4)
+        assert len(make(side, args, data, 7).times) == 4
     torch.manual_seed(args.seed)
     plain = Tiny(10)
     optimizer, (x, y) = torch.optim.SGD(plain.parameters(), lr=args.lr, momentum=args.beta1), next(data.epoch(0, 60))
@@ -164,118 +84,223 @@ def test_the_three_sides_train_the_same_network(networks, tmp_path):
             assert not torch.equal(q, old)
 
 
-@pytest.mark.parametrize(("mode", "start"), [("normal", 0), ("critical", 0), ("critical", 1000)])
-def test_blocks_are_one_unbroken_run_of_so_many_updates(networks, tmp_path, monkeypatch, mode, start):
-    """What ours does in blocks is, bit for bit, what main.py does in one go."""
-    updates = []
-    step = shb.SHB.step
-    monkeypatch.setattr(shb.SHB, "step", lambda self: updates.append(1) or step(self))
-    data = make_data(n=60)
-    block = bench.ours(args_of(tmp_path, mode, 7, start), data)
-    for steps in (1, 5, 3, 9, 2, 9):  # an epoch has 9
-        before = len(updates)
-        block(steps)
-        assert len(updates) - before == steps
-    once = bench.ours(args_of(tmp_path, mode, 7, start, name="once"), data)
-    once(29)
+@pytest.mark.parametrize(("mode", "start"), [("normal", 9), ("normal", 1000), ("critical", 9), ("critical", 1000)])
+def test_ours_makes_just_the_steps_that_main_makes(networks, tmp_path, mode, start):
+    """Bit for bit, over the ends of epochs with their tests, from a step far on too; and the record is all there."""
+    data = make_data(n=60, n_test=1)
+    args = args_of(tmp_path, mode, 7)
+    args.max_steps = start + 100  # or else a clock that stops nothing would be waited for
+    assert len(make("ours", args, data, 29, start).times) == 4
+    run = Training(args, data, None, None)
+    run.step = start
+    list(committed(islice(run.windows(start + 29), 29), run))
+    assert run.step == start + 29
     for p, q in zip(networks[0].state_dict().values(), networks[1].state_dict().values(), strict=True):
         assert torch.equal(p, q)
+    read = (start + 29) // 9 * 9  # an epoch has 9 steps, and ends with a reading
     if mode == "critical":
-        norms = [np.fromfile(tmp_path / name / NORMS, "<f4") for name in ("x", "once")]
-        assert len(norms[0]) == start + 29 and np.array_equal(*norms)
+        assert len(np.fromfile(tmp_path / "x" / "gradient_norms.f32", "<f4")) == read
+    rows = Rows(tmp_path / "x" / "metrics.csv")
+    rows.size = rows.path.stat().st_size
+    assert int(rows.rows()[-1]["steps"]) == read
 
 
-def test_sampling_compares_the_same_gradient(networks, tmp_path, monkeypatch):
-    data = make_data(n=60, augmented=False)
-    args, seen, full = args_of(tmp_path, "sampling"), [], bench.noise.full_gradient
-    monkeypatch.setattr(bench.noise, "full_gradient", lambda *a: seen.append(full(*a)))
-    for side in ("bare", "ours"):
-        bench.SIDES[side](args, data)(1)
-    for p, g in zip(networks[0].parameters(), seen[0], strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+def test_a_record_of_a_million_steps_is_as_large_as_it_would_be(networks, tmp_path):
+    make("ours", args_of(tmp_path, "critical", 7), make_data(n=60, n_test=1), 3, 1_000_000)
+    norms = Norms(tmp_path / "x" / "gradient_norms.f32")
+    assert norms.path.stat().st_size == pytest.approx(4e6, rel=1e-3)
+    lines = (tmp_path / "x" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == pytest.approx(5000, abs=3) and len(lines[-1].split(",")) == len(lines[0].split(","))
 
 
-def test_training_that_diverges_is_no_measurement(networks, tmp_path):
+def test_sampling_takes_every_image_once_a_pass_and_its_steps_are_chunks(networks, tmp_path, monkeypatch):
+    data, seen, full = make_data(n=60), [], bench_sides.full_gradient
+    args = args_of(tmp_path, "sampling", 25)
+
+    def full_gradient(model, chunks, n):
+        return full(model, (seen.append(chunk) or chunk for chunk in chunks), n)
+
+    monkeypatch.setattr(bench_sides, "full_gradient", full_gradient)
+    assert len(make("ours", args, data, 6).times) == 4
+    assert [len(y) for _, y in seen] == [25, 25, 10] * 2  # and no seventh, after the end of the block
+    assert all(torch.equal(x, one) for (x, _), (one, _) in zip(seen[:3], data.full_pass(0, 25), strict=True))
+
+
+def test_the_bare_side_of_sampling_adds_up_gradients_and_moves_nothing(networks, tmp_path):
+    data, args = make_data(n=60, augmented=False), args_of(tmp_path, "sampling")
+    make("bare", args, data, 3)
+    torch.manual_seed(args.seed)
+    plain, (x, y) = Tiny(10), next(data.epoch(0, 60))
+    (3 * F.cross_entropy(plain(x), y)).backward()
+    for p, q in zip(networks[0].parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batchsize", "steps"), [(60, 20), (7, 6)], ids=["read", "not_read"])
+def test_training_that_diverges_is_no_measurement(networks, tmp_path, batchsize, steps):
+    with pytest.raises(RuntimeError, match="diverged before step"):
+        make("ours", args_of(tmp_path, batchsize=batchsize, lr=1e30), make_data(n=60), steps)
+
+
+def test_images_are_the_cached_ones_or_random_ones(tmp_path, cifar_dir):
     args = args_of(tmp_path)
-    args.lr = 1e30
-    block = bench.ours(args, make_data(n=60))
-    with pytest.raises(RuntimeError, match="diverged at step"):
-        block(20)
+    for directory in (tmp_path, cifar_dir):
+        args.data_dir = directory
+        data = bench_sides.load(args, torch.device("cpu"))
+        assert data.size == 50_000 and data.spec.augmented and int(data.y_train.max()) == 99
+        assert (data.y_train.bincount() == 500).all().item() == (directory == cifar_dir)
+        assert len(data.y_test) == 1
+    assert os.listdir(tmp_path) == []
 
 
-def test_turns_are_equally_long_and_cover_whole_augmentation_blocks():
-    calls = []
-
-    class Pool:
-        def __init__(self, name):
-            self.name = name
-
-        def submit(self, function, steps):
-            assert function is bench.timed_block
-            calls.append((self.name, steps))
-            future = Future()
-            future.set_result(0.001)
-            return future
-
-    order = ["bare", "textbook", "ours"]
-    times = bench.alternate({name: Pool(name) for name in order}, 4096, 8, 0.2, 4)
-    assert times == {name: [0.001] * 4 for name in order}
-    assert calls[0] == ("bare", 1)
-    assert calls[1:] == [(name, 256) for name in (order + order[::-1]) * 2]  # 2 × 1,024 images: the least above 0.2 s
-    calls.clear()
-    bench.alternate({"bare": Pool("bare")}, 4096, 8, 1e9, 1)
-    assert calls[1] == ("bare", 512)  # an epoch
+# --- the command, with stand-ins for the sides ------------------------------------------------------------------
 
 
-def test_what_comes_before_a_block_is_not_timed(monkeypatch):
-    calls, device = [], torch.device("cpu")
+class Sides:
+    """In the place of `bench.apart`: each side takes a time of its own, and all calls are kept."""
 
-    def block(steps):
-        calls.append(steps)
-        time.sleep(0.02 if steps == 3 else 2)
+    def __init__(self):
+        self.calls, self.fails = [], set()
 
-    monkeypatch.setattr(bench, "STATE", {"block": block, "device": device, "lead": 5})
-    assert 0.02 / 3 <= bench.timed_block(3) < 0.6
-    assert calls == [5, 3]
+    def __call__(self, side, mode, start, steps, flags):
+        self.calls.append((side, mode, start, steps))
+        if flags[3] in self.fails:
+            raise RuntimeError("torch.OutOfMemoryError: no room")
+        nth = sum(call[:3] == (side, mode, start) and call[3] > 1 for call in self.calls)
+        seconds = (len(side) + len(mode) + start / 1e6) * 1e-3 * (1 + 0.1 * nth)
+        return {"seconds_a_step": seconds, "seconds_to_first_step": 1.5, "peak_bytes": 10**9 + 1000 * len(side) + nth}
+
+
+@pytest.fixture
+def sides(monkeypatch):
+    sides = Sides()
+    monkeypatch.setattr(bench, "apart", sides)
+    return sides
+
+
+def command(tmp_path, *argv):
+    """Exit status, and what bench.json holds."""
+    words = [*map(str, argv), "--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path / "o.json")]
+    status = bench.run(words)
+    return status, json.loads((tmp_path / "o.json").read_text())
+
+
+def test_ratios_are_quotients_of_the_medians_written(sides, tmp_path, capsys):
+    status, content = command(tmp_path, "--quick", "--batchsizes", 64)
+    assert status == 0
+    rows = {(r["side"], r["mode"], r["start"]): r for r in content["rows"]}
+    expected = {(n, m, 1000) for n in ("ours", "textbook") for m in ("normal", "critical")}
+    expected |= {("ours", "critical", 10**6), ("textbook", "critical", 10**6), ("ours", "sampling", 1000)}
+    assert set(rows) == expected | {("bare", "normal", 1000), ("bare", "sampling", 1000)}
+    for (name, mode, start), row in rows.items():
+        seconds = (len(name) + len(mode) + start / 1e6) * 1e-3
+        assert row["quartiles"] == pytest.approx([1.15 * seconds, 1.25 * seconds])
+        assert row["seconds_a_step"] == pytest.approx(1.2 * seconds)
+        assert row["images_a_second"] == pytest.approx(row["images_a_step"] / row["seconds_a_step"])
+        assert row["steps_a_second"] == pytest.approx(1 / row["seconds_a_step"])
+        assert row["peak_bytes"] == 10**9 + 1000 * len(name) + 3 and row["seconds_to_first_step"] == 1.5
+        others = {"bare": ("bare", "sampling" if mode == "sampling" else "normal", 1000)}
+        if mode != "sampling":
+            others["textbook"] = ("textbook", mode, start)
+        if mode == "critical":
+            others["normal"] = (name, "normal", 1000)
+        if start == 10**6:
+            others["early"] = (name, mode, 1000)
+        ratios = {f"over_{key}": rows[o]["seconds_a_step"] / row["seconds_a_step"] for key, o in others.items()}
+        for key in {"bare", "early"} & set(others):
+            ratios[f"{key}_memory"] = rows[others[key]]["peak_bytes"] / row["peak_bytes"]
+        assert row["ratios"] == (pytest.approx(ratios) if name == "ours" else {})
+    assert all(rows["ours", mode, 1000]["ratios"].keys() <= bench.BOUNDS.keys() for mode in bench.MODES)
+    assert content["environment"]["torch"] == torch.__version__ and content["environment"]["real"] is False
+    assert content["arguments"]["models"] == ["ResNet20"] and content["failed"] == []
+    lines = capsys.readouterr().out.splitlines()
+    for row, text in zip(content["rows"], lines[1:], strict=False):
+        assert text.startswith(f"ResNet20 b={row['images_a_step']} {row['side']} {row['mode']}")
+        assert f" {1e3 * row['seconds_a_step']:.3f} ms " in text and " 1000 MB, " in text
+        assert all(f"{key} {value:.3f}" in text for key, value in row["ratios"].items())
+
+
+def test_turns_are_equally_long_and_cover_whole_augmentation_blocks(sides, tmp_path):
+    order = [("bare", "normal", 1000), ("textbook", "normal", 1000), ("ours", "normal", 1000)]
+    command(tmp_path, "--batchsizes", 8, "--modes", "normal", "--rounds", 4, "--seconds", 2)
+    assert sides.calls[0] == (*order[0], 1)
+    # 2 s of 10.001 ms are 200 steps; 256 are 2 × 1,024 images.
+    assert sides.calls[1:] == [(*side, 256) for side in (order + order[::-1]) * 2]
+    sides.calls.clear()
+    command(tmp_path, "--batchsizes", 8, "--modes", "normal", "--rounds", 1, "--seconds", 0.005)
+    assert {call[3] for call in sides.calls} == {1}  # beside a step that long it is nothing
+
+
+def test_save_memory_measures_both_sides_and_counts_what_it_cannot_measure(sides, tmp_path, capsys):
+    status, content = command(tmp_path, "--save-memory", "--batchsizes", 16, 64, "--rounds", 1)
+    assert status == 0 and {call[1:3] for call in sides.calls} == {("normal", 1000)}
+    assert [(row["side"], row["images_a_step"]) for row in content["rows"]] == [
+        *(("ours", 16), ("saving", 16), ("ours", 64), ("saving", 64))
+    ]
+    counts = {(row["side"], row["images"]): row["kept_bytes"] for row in content["counted"]}
+    assert list(counts) == [(side, b) for b in (16, 64, 8192) for side in ("ours", "saving")]
+    # By hand, floats an image: the input of every BatchNorm and every ReLU's output, the stem's too.
+    outputs = 4 * (4 * 64 * 1024 + 4 * 128 * 256 + 4 * 256 * 64 + 4 * 512 * 16) // 2 + 2 * 64 * 1024
+    shortcuts = 128 * 256 + 256 * 64 + 512 * 16
+    assert counts["ours", 8192] == pytest.approx(4 * 8192 * (outputs + shortcuts), rel=0.01)
+    assert "ResNet18 b=8192 saving: 12.1 GB kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("bound", "status"), [(0.0, 0), (1.6, 1)])
-def test_check_names_the_ratio_and_its_bound(bound, status, monkeypatch, tmp_path, capsys):
-    row = {"side": "ours", "mode": "normal", "start": 1000, "model": "ResNet20", "images_a_step": 8}
-    row |= {"seconds_a_step": 0.5, "quartiles": [0.4, 0.6], "steps_a_second": 2, "images_a_second": 16}
-    row |= {"ratios": {"over_bare": 1.5}, "peak_bytes": 10**9, "seconds_to_first_step": 1.0}
-    monkeypatch.setattr(bench, "measure", lambda args, data, model, images, sides: [row for _ in sides])
+def test_check_names_the_ratio_and_its_bound(bound, status, sides, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(bench.BOUNDS, "over_bare", bound)
-    argv = ["--quick", "--batchsizes", "8", "--modes", "normal", "--device", "cpu", "--out", str(tmp_path / "o.json")]
-    argv += ["--data_dir", str(tmp_path)]
-    assert bench.run([*argv, "--check"]) == status
+    monkeypatch.setitem(bench.BOUNDS, "over_textbook", 0.0)
+    argv = ["--quick", "--batchsizes", 8, "--modes", "normal"]
+    assert command(tmp_path, *argv, "--check")[0] == status
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("check: ")
-    assert ("ResNet20 b=8 ours normal: over_bare is 1.500, below 1.6" in said) == bool(status)
-    assert bench.run(argv) == 0
+    assert ("ResNet20 b=8 ours normal: over_bare is 1.000, below 1.6" in said) == bool(status)
+    assert command(tmp_path, *argv)[0] == 0
 
 
-def test_a_point_that_cannot_be_measured_is_named_and_the_others_stand(monkeypatch, tmp_path, capsys):
-    def measure(args, data, model, images, sides):
-        if images == 16:
-            raise torch.OutOfMemoryError("no room\nat all")
-        return []
-
-    monkeypatch.setattr(bench, "measure", measure)
-    argv = ["--batchsizes", "8", "16", "32", "--modes", "normal", "--device", "cpu", "--data_dir", str(tmp_path)]
-    assert bench.run([*argv, "--check", "--out", str(tmp_path / "o.json")]) == 1
+def test_a_point_that_cannot_be_measured_is_named_and_the_others_stand(sides, tmp_path, capsys):
+    sides.fails.add(16)
+    status, content = command(tmp_path, "--batchsizes", 8, 16, 32, "--modes", "normal", "--check")
     out, err = capsys.readouterr()
-    assert "check: not measured: ResNet18 b=16" in out
-    assert err == "warning: not measured: ResNet18 b=16 normal: OutOfMemoryError: no room at all\n"
-    assert len(json.loads((tmp_path / "o.json").read_text())["failed"]) == 1
+    assert status == 1 and "not measured: ResNet18 b=16" in out
+    assert err == "warning: not measured: ResNet18 b=16 normal: torch.OutOfMemoryError: no room\n"
+    assert len(content["failed"]) == 1 and {row["images_a_step"] for row in content["rows"]} == {8, 32}
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_as_it_is(tmp_path):
+    argv = ["--quick", "--batchsizes", "128", "--modes", "normal", "--rounds", "1", "--seconds", "0.001"]
+    argv += ["--out", "out.json", "--data-dir", "nowhere", "--device", "cpu"]
+    words = [sys.executable, str(ROOT / "bench.py"), *argv]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0 and done.stderr == "" and os.listdir(tmp_path) == ["out.json"], done
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["side"], row["mode"]) for row in rows] == [(side, "normal") for side in ("bare", "textbook", "ours")]
+    assert all(50e6 < row["peak_bytes"] < 4e9 and row["seconds_to_first_step"] > 0 for row in rows)
+
+
+def test_a_side_that_fails_says_why_in_its_last_words(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "SIDE", tmp_path / "side.py")
+    for program, words in (
+        ("print('{}')\nraise RuntimeError('training diverged')", "RuntimeError: training diverged"),
+        ("import os\nos.kill(os.getpid(), 9)", "exit status -9"),
+    ):
+        bench.SIDE.write_text(program)
+        with pytest.raises(RuntimeError, match=words):
+            bench.apart("ours", "normal", 1000, 1, [])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks ps for a session")
 def test_no_side_outlives_the_command(tmp_path):
-    (tmp_path / "command.py").write_text(COMMAND)
+    program = (
+        "import bench; bench.apart('textbook', 'normal', 1000, 10**9, ['--model', 'ResNet20', '--device', 'cpu'])"
+    )
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "command.py", "--quick", "--seconds", "1000", "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=-3, stderr=-3, start_new_session=True)
+    words = [sys.executable, "-c", program]
+    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=-3, stderr=-3, start_new_session=True)
 
     def processes():
         listed = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True, text=True).stdout
@@ -288,7 +313,7 @@ def test_no_side_outlives_the_command(tmp_path):
         assert reached(processes()), processes()
 
     try:
-        wait_until(lambda n: n >= 9)  # the command, the fork server, five sides and two workers, at least
+        wait_until(lambda n: n >= 4)  # the command, the side and its two workers
         process.kill()
         process.wait()
         wait_until(lambda n: n == 0)
@@ -318,14 +343,21 @@ def test_no_side_outlives_the_command(tmp_path):
 )
 def test_bad_arguments(argv, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(arguments.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         bench.run(argv)
     assert all(part in str(caught.value) for part in parts), caught.value
     assert os.listdir(tmp_path) == []
 
 
+def test_damaged_data_are_named_at_once(sides, tmp_path):
+    (tmp_path / "CIFAR100.npz").write_bytes(b"oops")
+    with pytest.raises(UserError, match=r"--data_dir: .*CIFAR100.npz is damaged"):
+        command(tmp_path)
+    assert sides.calls == [] and os.listdir(tmp_path) == ["CIFAR100.npz"]
+
+
 def test_a_bad_argument_as_a_command(tmp_path):
-    command = [sys.executable, str(ROOT / "bench.py"), "--rounds", "-1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    words = [sys.executable, str(ROOT / "bench.py"), "--rounds", "-1"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -14,8 +14,8 @@ import torch
 from conftest import PATIENCE, ROOT
 
 import arguments
-import data
-from arguments import UserError
+import datasets
+from messages import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu
@@ -67,9 +67,7 @@ import gpu
 for name in ("MAIN", "BENCH", "TESTS"):
     setattr(gpu, name, gpu.Path({directory!r}) / f"{{name.lower()}}.py")
 gpu.random_images = lambda directory: None
-for signum in (gpu.signal.SIGTERM, gpu.signal.SIGINT):
-    gpu.signal.signal(signum, gpu.leave)
-sys.exit(gpu.main(sys.argv[1:]))
+sys.exit(gpu.cli(sys.argv[1:]))
 """
 
 
@@ -115,24 +113,29 @@ def stand(tmp_path, monkeypatch):
 def test_all_stages_are_done_once_and_told(stand, capsys):
     assert stand.run() == 0
     assert {name: stage["status"] for name, stage in stand.stages().items()} == dict.fromkeys(gpu.STAGES, "done")
-    found = {name: stage["found"] for name, stage in stand.stages().items()}
-    assert found["tests"]["result"].startswith("1 passed")
-    assert found["graph"]["shb"]["drift"] == {
-        side: dict.fromkeys(["1", "10", "100", "1000"], 0.0) for side in ("again", "graphed")
-    }
-    assert found["graph"]["nshb"]["steps_a_second"]["graphed"] == pytest.approx(1)
-    assert list(found["speed"]) == [f"ResNet18 b={b}" for b in (8, 32, 128, 1024)] + ["WideResNet-28-10 b=128"]
-    assert list(found["packed"]) == ["1", "2", "4", "8"]
-    assert found["packed"]["1"]["steps_a_second"] == pytest.approx(1)
-    # The published numbers are those of published_shb_steps.csv.
-    assert [(row["eps"], row["steps"], row["published"]) for row in found["published"]["rows"]] == [
+    rows = {name: stage["rows"] for name, stage in stand.stages().items()}
+    assert rows["tests"][0]["result"].startswith("1 passed")
+    assert [(row["optimizer"], row["beside eager"]) for row in rows["graph"]] == [
+        (optimizer, side) for optimizer in ("sgd", "shb", "nshb") for side in ("again", "graphed")
+    ]
+    for row in rows["graph"]:
+        assert row["steps/s"] == pytest.approx(1)
+        assert [row[f"‖g‖ apart in {n} steps"] for n in (1, 10, 100, 1000)] == [0] * 4
+    points = [f"ResNet18 b={b}" for b in (8, 32, 128, 1024)] + ["WideResNet-28-10 b=128"]
+    assert [(row["point"], row["side"]) for row in rows["speed"]] == [
+        (point, side) for point in points for side in ("ours", "graphed")
+    ]
+    assert [row["runs"] for row in rows["packed"]] == [1, 2, 4, 8]
+    assert rows["packed"][0]["steps/s of all"] == pytest.approx(1)
+    # The published numbers are those of report/published_shb_steps.csv.
+    assert [(row["ε"], row["steps"], row["published"]) for row in rows["published"]] == [
         *((1.0, 1000, 5314), (0.7, 1000, 9599), (0.5, 1000, 15982))
     ]
     machine = json.loads((stand.out / "gpu.json").read_text())["machine"]
     assert machine["torch"] == torch.__version__ and machine["device"] == "cpu"
     page = stand.page()
-    assert "| 0.5 | 1000 | 15982 |" in page and "| ResNet18 b=8 | graphed | 500 | 400 | 600 | 16 | 1 |" in page
-    assert "| shb | graphed with eager | 0 | 0 | 0 | 0 | 1 |" in page and "1 passed" in page
+    assert "| 0.5 | 1000 | 15982 |" in page and "| ResNet18 b=8 | graphed | 0.5 | [0.4, 0.6] | 2 | 16 |" in page
+    assert "| shb | graphed | 1 | 0 | 0 | 0 | 0 |" in page and "1 passed" in page
     calls = stand.calls()
     point = calls[-1]
     assert (point.optimizer, point.model, point.batchsize, point.eps) == ("shb", "ResNet18", 1024, [1.0, 0.7, 0.5])
@@ -151,7 +154,7 @@ def test_a_failed_stage_is_named_and_the_rest_goes_on_without_the_graph(stand, c
     status = {name: stage["status"] for name, stage in stand.stages().items()}
     assert status == {"tests": "done", "graph": "failed", "speed": "failed", "packed": "done", "published": "done"}
     out = capsys.readouterr().out
-    assert "graph: failed: Failed: exit status 1" in out and "RuntimeError: as told" in out
+    assert "graph: failed: RuntimeError: exit status 1" in out and "RuntimeError: as told" in out
     assert "CUDA is on strike" in stand.stages()["speed"]["reason"] and "## graph: failed" in stand.page()
     assert not stand.calls()[-1].compile
     stand.acts()
@@ -163,8 +166,8 @@ def test_a_failed_stage_is_named_and_the_rest_goes_on_without_the_graph(stand, c
 def test_a_graph_that_drifts_from_eager_has_failed(drift, status, stand):
     stand.acts(drift=drift)
     assert stand.run("--stages", "tests", "graph", "published") == status
-    found = stand.stages()["graph"]["found"]["sgd"]["drift"]
-    assert found["graphed"]["1000"] == pytest.approx(drift, rel=0.01) and found["again"]["1000"] == 0
+    again, graphed = (row["‖g‖ apart in 1000 steps"] for row in stand.stages()["graph"]["rows"][:2])
+    assert graphed == pytest.approx(drift, rel=0.01) and again == 0
     assert stand.calls()[-1].compile == (status == 0)
 
 
@@ -191,8 +194,8 @@ def test_the_published_point_comes_in_portions(stand):
         assert len(ends) < 30 and ends[-1] in (0, 1, 124), stand.stages()
         if ends[-1] == 124:
             stage = stand.stages()["published"]
-            assert stage["status"] == "partial" and stage["found"]["steps_made"] > 0
-            assert f"{stage['found']['steps_made']:,} steps made" in stand.page()
+            assert stage["status"] == "partial" and stage["steps_made"] > 0
+            assert f"steps_made: {stage['steps_made']}" in stand.page()
     assert len(stand.calls()) >= 3 and all(args.resume for args in stand.calls())
 
 
@@ -246,7 +249,7 @@ def test_what_another_machine_has_left_is_refused(stand):
     content = json.loads((stand.out / "gpu.json").read_text())
     content["machine"]["device"] = "NVIDIA H100"
     (stand.out / "gpu.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="NVIDIA H100, not cpu"):
+    with pytest.raises(UserError, match=r"NVIDIA H100 with torch .*, not cpu"):
         stand.run()
     (stand.out / "gpu.json").write_text("oops")
     with pytest.raises(UserError, match="is damaged"):
@@ -255,9 +258,25 @@ def test_what_another_machine_has_left_is_refused(stand):
 
 def test_random_images_are_a_cifar100_to_main_py(tmp_path):
     gpu.random_images(str(tmp_path))
-    arrays = data._cifar("CIFAR100", tmp_path)
+    arrays = datasets.read("CIFAR100", tmp_path)
     assert {name: len(array) for name, array in arrays.items()} == {
         **{"x_train": 50_000, "y_train": 50_000},
         **{"x_test": 10_000, "y_test": 10_000},
     }
     assert np.unique(arrays["y_train"]).size == 100
+
+
+def test_nothing_is_needed_that_a_gpu_machine_may_lack():
+    """torch, torchvision, numpy, tqdm and pytest do: also for collecting the CUDA tests, and for bench.py."""
+    lacking = ["wandb", "sklearn", "pandas", "matplotlib", "scipy"]
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({lacking})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+import pytest
+import bench, bench_sides, gpu
+words = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--collect-only"]
+sys.exit(pytest.main([*words, {str(ROOT / "tests" / "test_cuda.py")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "tests collected" in done.stdout, done
