@@ -23,7 +23,8 @@ from pathlib import Path
 
 
 def results(name):
-    return json.loads((Path("runs") / f"quickstart-{name}" / "summary.json").read_text())["results"]
+    summary = json.loads((Path("runs") / f"quickstart-{name}" / "summary.json").read_text())
+    return summary["results"] | {"seconds": summary["seconds"]}
 
 
 normal, critical = results("normal"), results("critical")
@@ -38,5 +39,7 @@ for name in ("sgd", "shb", "nshb"):
         f"  sampling  {name.upper():4s}: search direction noise {r['noise_norm']:.3f}, mini-batch gradient noise "
         f"{r['gradient_noise_norm']:.3f}; degree of smoothing {r['delta']:.4f}"
     )
+seconds = [results(name)["seconds"] for name in ("normal", "critical", "sampling-shb")]
+print("  It took {:.0f}, {:.0f} and {:.0f} s: normal, critical, sampling with SHB.".format(*seconds))
 print("It lies in runs/quickstart-*: summary.json, metrics.csv, and omega.npy or gradient_norms.f32.")
 END
