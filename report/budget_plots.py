@@ -1,0 +1,163 @@
+"""The figures of the noise budget: each function takes tables of `budget` and returns a Figure, None for none.
+
+A panel is of one optimizer and BatchNorm mode, all of one batch size: that of most rows. Steps are evenly spaced.
+"""
+
+import matplotlib.pyplot as plt
+
+from report.axes import MARK, by_optimizer, looks, mark, nth_look, size_axis
+from report.plots import DELTA_LABEL
+
+WIDTH = 0.7  # of a bar, of the distance between steps
+# The parts of E‖ω‖²: grey, edge and hatch tell them apart without colour.
+FRESH = {"color": "#56B4E9", "edgecolor": "k", "lw": 0.6, "label": "fresh: $w^2V_b$, of this mini-batch"}
+FROZEN = {"color": "#E69F00", "edgecolor": "k", "lw": 0.6, "hatch": "//", "label": "memory: its noise, were x frozen"}
+STALE = {"color": "0.85", "edgecolor": "k", "lw": 0.6, "hatch": "xx", "label": "memory: staleness, the rest"}
+LESS = {"color": "#F7DDA8", "edgecolor": "k", "lw": 0.6, "hatch": "..", "label": "memory, less than its frozen noise"}
+LINE = {"color": "#A00000", "lw": 2, "linestyle": "--", "label": "where memory would end, were x frozen"}
+LEVEL = {"color": "0.3", "lw": 1, "linestyle": (0, (5, 2))}
+
+
+def shown_size(table):
+    """Return the batch size of training that the figures show: that of most rows, the smallest of equal ones."""
+    return int(table["run_batch_size"].mode()[0])
+
+
+def of_shown_size(table):
+    """Return the rows of the table that the figures show."""
+    return table[table["run_batch_size"] == shown_size(table)]
+
+
+def panels(table, sharey):
+    """Return (Figure, [(Axes, optimizer, rows)]): a line of panels per BatchNorm mode, a column per optimizer."""
+    table = of_shown_size(table)
+    names, modes = list(table["optimizer"].cat.remove_unused_categories().cat.categories), table["batchnorm"].unique()
+    size = (1 + 3 * len(names), 1.3 + 3 * len(modes))
+    fig, axes = plt.subplots(len(modes), len(names), figsize=size, sharey=sharey, squeeze=False)
+    found = []
+    for line, mode in zip(axes, modes, strict=True):
+        for ax, name in zip(line, names, strict=True):
+            rows = table[(table["optimizer"] == name) & (table["batchnorm"] == mode)]
+            ax.set_title(f"{name.upper()}, b = {shown_size(table)}, BatchNorm {mode}")
+            found.append((ax, name, rows))
+    return fig, found
+
+
+def step_axis(ax, steps):
+    """Make x the measured steps, evenly spaced; return {step: x}."""
+    steps = sorted(set(steps))
+    ax.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
+    ax.set(xlabel="step t (updates made)", xlim=(-0.6, len(steps) - 0.4))
+    return {step: x for x, step in enumerate(steps)}
+
+
+def budget(table):
+    """Draw the parts of E‖ω‖² over training, stacked; a memory below its frozen noise as one bar, and a line."""
+    if table.empty:
+        return None
+    fig, found = panels(table, sharey=False)
+    for ax, _, rows in found:
+        at = step_axis(ax, of_shown_size(table)["steps"])
+        for row in rows.to_dict("records"):
+            x, fresh, frozen = at[row["steps"]], row["fresh_mean"], row["memory_noise_frozen_mean"]
+            top = max(row["noise_square_max"], fresh + row["memory_mean"], fresh + frozen)
+            ax.annotate(f"{row['noise_square_mean']:.2g}", (x, top), (0, 6), textcoords="offset points", ha="center")
+            ax.bar(x, fresh, WIDTH, **FRESH)
+            if row["staleness_mean"] >= 0:
+                ax.bar(x, frozen, WIDTH, fresh, **FROZEN)
+                ax.bar(x, row["staleness_mean"], WIDTH, fresh + frozen, **STALE)
+            else:
+                ax.bar(x, row["memory_mean"], WIDTH, fresh, **LESS)
+                ax.plot([x - WIDTH / 2, x + WIDTH / 2], [fresh + frozen] * 2, **LINE)
+        whole = rows["noise_square_mean"]
+        error = [whole - rows["noise_square_min"], rows["noise_square_max"] - whole]
+        look = {"marker": "D", "ms": 5, "mfc": "white", "color": "k", "linestyle": "", "capsize": 3}
+        ax.errorbar(rows["steps"].map(at), whole, error, **look, label="E‖ω‖² measured, least and greatest seed")
+        ax.margins(y=0.12)
+        ax.set_ylim(bottom=0)
+    label_left(found, "‖·‖² (gradient norm squared)")
+    return fig
+
+
+def c_squared(table):
+    """Draw the direct C²_b against the b drawn, with 95 % intervals, a curve per step. Flat if V_b is C²/b."""
+    if table.empty or of_shown_size(table)["batch_size"].nunique() < 2:
+        return None
+    fig, found = panels(table, sharey=True)
+    every = {step: nth_look(i) for i, step in enumerate(sorted(of_shown_size(table)["steps"].unique()))}
+    for ax, _, rows in found:
+        size_axis(ax, of_shown_size(table))
+        for step, part in rows.groupby("steps"):
+            mean, error = part["c_squared_direct_mean"], 1.96 * part["c_squared_direct_se"]
+            ax.errorbar(part["batch_size"], mean, error, **every[step], capsize=3, label=f"step {step:,}")
+        ax.set_yscale("log")
+    ax.set_ylim(bottom=of_shown_size(table)["c_squared_direct_mean"].min() / 2)  # a bar may reach to zero
+    label_left(found, "$C^2_b$ (gradient norm squared)")
+    return fig
+
+
+def delta_bound(table):
+    """Draw measured δ over training with 95 % intervals, and the formula's with the direct C² and K: a bound."""
+    if table.empty:
+        return None
+    fig, found = panels(table, sharey=True)
+    every = looks(table["optimizer"])
+    for ax, name, rows in found:
+        at = step_axis(ax, of_shown_size(table)["steps"])
+        x, look = rows["steps"].map(at), every[name]
+        measured = look | {
+            "linestyle": "-",
+            "mfc": "white",
+            "ms": 7,
+            "capsize": 3,
+            "label": f"{name.upper()}, measured",
+        }
+        ax.errorbar(x, rows["delta_mean"], 1.96 * rows["delta_se"], **measured)
+        ax.plot(x, rows["delta_bound"], color=look["color"], lw=1, linestyle="--")
+        if rows["delta_bound"].notna().any():
+            style = {"marker": r"$\downarrow$", "ms": 10, "color": look["color"]}
+            mark(ax, x, rows["delta_bound"], "the formula's δ, an upper bound", **style)
+        ax.set_yscale("log")
+    label_left(found, DELTA_LABEL)
+    return fig
+
+
+def shape(table):
+    """Draw normality and isotropy of the mini-batch noise over training: a line of panels per BatchNorm mode."""
+    if table.empty:
+        return None
+    table = of_shown_size(table)
+    keys = {"rejected": "share of coordinates rejected (%)", "kurtosis": "mean excess kurtosis across draws"}
+    keys["effective_rank"] = "effective rank (directions)"
+    if table["rejected_mean"].isna().all():  # too few draws for the test
+        del keys["rejected"]
+    modes = table["batchnorm"].unique()
+    size = (1 + 3.2 * len(keys), 1.3 + 3 * len(modes))
+    fig, axes = plt.subplots(len(modes), len(keys), figsize=size, squeeze=False)
+    for line, mode in zip(axes, modes, strict=True):
+        for ax, (key, label) in zip(line, keys.items(), strict=True):
+            draw_shape(ax, table[table["batchnorm"] == mode], key, step_axis(ax, table["steps"]))
+            ax.set(ylabel=label, title=f"b = {shown_size(table)}, BatchNorm {mode}")
+    return fig
+
+
+def draw_shape(ax, rows, key, at):
+    """Draw one number over the steps, mean and band over seeds, and what a normal or an isotropic law gives."""
+    scale = 100 if key == "rejected" else 1
+    for name, look, part in by_optimizer(rows):
+        x, mean, low, high = part["steps"].map(at), *(scale * part[f"{key}_{of}"] for of in ("mean", "min", "max"))
+        ax.plot(x, mean, **look, label=name)
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.25, linewidth=0)
+    if key == "effective_rank":
+        ax.set_yscale("log")
+    else:
+        ax.axhline(5 if key == "rejected" else 0, **LEVEL, zorder=MARK, label="what a normal gives: 5 %, or 0")
+    if key == "rejected":
+        ax.set_ylim(bottom=0)
+
+
+def label_left(found, label):
+    """Label the y axis of every line of panels at its left."""
+    for ax, *_ in found:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(label)
