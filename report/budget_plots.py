@@ -1,6 +1,6 @@
 """The figures of the noise budget: each function takes tables of `budget` and returns a Figure, None for none.
 
-A panel is of one optimizer and BatchNorm mode, all of one batch size: that of most rows. Steps are evenly spaced.
+A panel is of one optimizer and BatchNorm mode, all of one batch size of training. Steps are evenly spaced.
 """
 
 import matplotlib.pyplot as plt
@@ -19,8 +19,8 @@ LEVEL = {"color": "0.3", "lw": 1, "linestyle": (0, (5, 2))}
 
 
 def shown_size(table):
-    """Return the batch size of training that the figures show: that of most rows, the smallest of equal ones."""
-    return int(table["run_batch_size"].mode()[0])
+    """Return the batch size of training that the figures show: that measured most often, the smallest of equal ones."""
+    return int(table.groupby("run_batch_size")["seeds"].sum().idxmax())
 
 
 def of_shown_size(table):
