@@ -15,11 +15,12 @@ FROZEN = {"color": "#E69F00", "edgecolor": "k", "lw": 0.6, "hatch": "//", "label
 STALE = {"color": "0.85", "edgecolor": "k", "lw": 0.6, "hatch": "xx", "label": "memory: staleness, the rest"}
 LESS = {"color": "#F7DDA8", "edgecolor": "k", "lw": 0.6, "hatch": "..", "label": "memory, less than its frozen noise"}
 LINE = {"color": "#A00000", "lw": 2, "linestyle": "--", "label": "where memory would end, were x frozen"}
+ABOVE = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "zorder": 4}
 LEVEL = {"color": "0.3", "lw": 1, "linestyle": (0, (5, 2))}
 
 
 def shown_size(table):
-    """Return the batch size of training that the figures show: that measured most often, the smallest of equal ones."""
+    """Return the batch size of training that the figures show: the one measured most often, the smallest of equals."""
     return int(table.groupby("run_batch_size")["seeds"].sum().idxmax())
 
 
@@ -28,11 +29,12 @@ def of_shown_size(table):
     return table[table["run_batch_size"] == shown_size(table)]
 
 
-def panels(table, sharey):
-    """Return (Figure, [(Axes, optimizer, rows)]): a line of panels per BatchNorm mode, a column per optimizer."""
+def panels(table, sharey, lines=1):
+    """Return (Figure, [(Axes, optimizer, rows)]), a column per optimizer; lines of panels for each mode."""
     table = of_shown_size(table)
-    names, modes = list(table["optimizer"].cat.remove_unused_categories().cat.categories), table["batchnorm"].unique()
-    size = (1 + 3 * len(names), 1.3 + 3 * len(modes))
+    names = list(table["optimizer"].cat.remove_unused_categories().cat.categories)
+    modes = [mode for mode in modes_of(table) for _ in range(lines)]
+    size = (1 + 3 * len(names), 1.3 + 2.8 * len(modes))
     fig, axes = plt.subplots(len(modes), len(names), figsize=size, sharey=sharey, squeeze=False)
     found = []
     for line, mode in zip(axes, modes, strict=True):
@@ -41,6 +43,11 @@ def panels(table, sharey):
             ax.set_title(f"{name.upper()}, b = {shown_size(table)}, BatchNorm {mode}")
             found.append((ax, name, rows))
     return fig, found
+
+
+def modes_of(table):
+    """Return the BatchNorm modes of a table, the paper's first: train, eval."""
+    return sorted(table["batchnorm"].unique(), reverse=True)
 
 
 def step_axis(ax, steps):
@@ -52,31 +59,53 @@ def step_axis(ax, steps):
 
 
 def budget(table):
-    """Draw the parts of E‖ω‖² over training, stacked; a memory below its frozen noise as one bar, and a line."""
+    """Draw the parts of E‖ω‖² over training, stacked, and below them their shares: late they are small."""
     if table.empty:
         return None
-    fig, found = panels(table, sharey=False)
+    fig, found = panels(table, sharey=False, lines=2)
+    steps = of_shown_size(table)["steps"]
     for ax, _, rows in found:
-        at = step_axis(ax, of_shown_size(table)["steps"])
-        for row in rows.to_dict("records"):
-            x, fresh, frozen = at[row["steps"]], row["fresh_mean"], row["memory_noise_frozen_mean"]
-            top = max(row["noise_square_max"], fresh + row["memory_mean"], fresh + frozen)
-            ax.annotate(f"{row['noise_square_mean']:.2g}", (x, top), (0, 6), textcoords="offset points", ha="center")
-            ax.bar(x, fresh, WIDTH, **FRESH)
-            if row["staleness_mean"] >= 0:
-                ax.bar(x, frozen, WIDTH, fresh, **FROZEN)
-                ax.bar(x, row["staleness_mean"], WIDTH, fresh + frozen, **STALE)
-            else:
-                ax.bar(x, row["memory_mean"], WIDTH, fresh, **LESS)
-                ax.plot([x - WIDTH / 2, x + WIDTH / 2], [fresh + frozen] * 2, **LINE)
-        whole = rows["noise_square_mean"]
-        error = [whole - rows["noise_square_min"], rows["noise_square_max"] - whole]
-        look = {"marker": "D", "ms": 5, "mfc": "white", "color": "k", "linestyle": "", "capsize": 3}
-        ax.errorbar(rows["steps"].map(at), whole, error, **look, label="E‖ω‖² measured, least and greatest seed")
+        at = step_axis(ax, steps)
+        if ax.get_subplotspec().rowspan.start % 2:
+            stack(ax, rows, at, 100 / (rows["fresh_mean"] + rows["memory_mean"]))
+            ax.set_ylim(0, 100)
+            label_left(ax, "share of fresh + memory (%)")
+            continue
+        stack(ax, rows, at, [1] * len(rows))
+        mark_whole(ax, rows, at)
         ax.margins(y=0.12)
         ax.set_ylim(bottom=0)
-    label_left(found, "‖·‖² (gradient norm squared)")
+        label_left(ax, "parts of E‖ω‖² (gradient norm²)")
     return fig
+
+
+def stack(ax, rows, at, scales):
+    """Draw the parts as bars, each step's times its scale. A memory below its frozen noise is one bar."""
+    for row, scale in zip(rows.to_dict("records"), scales, strict=True):
+        fresh, frozen, memory = (scale * row[f"{part}_mean"] for part in ("fresh", "memory_noise_frozen", "memory"))
+        x = at[row["steps"]]
+        ax.bar(x, fresh, WIDTH, **FRESH)
+        if row["staleness_mean"] >= 0:
+            ax.bar(x, frozen, WIDTH, fresh, **FROZEN)
+            ax.bar(x, memory - frozen, WIDTH, fresh + frozen, **STALE)
+        else:
+            ax.bar(x, memory, WIDTH, fresh, **LESS)
+
+
+def mark_whole(ax, rows, at):
+    """Draw E‖ω‖² as measured, its number above the bar, and where a memory below its frozen noise would end."""
+    x, whole = rows["steps"].map(at), rows["noise_square_mean"]
+    error = [whole - rows["noise_square_min"], rows["noise_square_max"] - whole]
+    look = {"marker": "D", "ms": 5, "mfc": "white", "color": "k", "linestyle": "", "capsize": 3}
+    ax.errorbar(x, whole, error, **look, label="E‖ω‖² measured, least and greatest seed")
+    tops = rows["noise_square_max"].clip(lower=rows["fresh_mean"] + rows["memory_mean"])
+    for middle, top, value in zip(x, tops, whole, strict=True):
+        ax.annotate(f"{value:.3g}" if value < 1000 else f"{value:,.0f}", (middle, top), **ABOVE)
+    below = rows[rows["staleness_mean"] < 0]
+    for middle, end in zip(
+        below["steps"].map(at), below["fresh_mean"] + below["memory_noise_frozen_mean"], strict=True
+    ):
+        ax.plot([middle - WIDTH / 2, middle + WIDTH / 2], [end, end], **LINE)
 
 
 def c_squared(table):
@@ -91,8 +120,8 @@ def c_squared(table):
             mean, error = part["c_squared_direct_mean"], 1.96 * part["c_squared_direct_se"]
             ax.errorbar(part["batch_size"], mean, error, **every[step], capsize=3, label=f"step {step:,}")
         ax.set_yscale("log")
+        label_left(ax, "$C^2_b$ (gradient norm squared)")
     ax.set_ylim(bottom=of_shown_size(table)["c_squared_direct_mean"].min() / 2)  # a bar may reach to zero
-    label_left(found, "$C^2_b$ (gradient norm squared)")
     return fig
 
 
@@ -118,7 +147,7 @@ def delta_bound(table):
             style = {"marker": r"$\downarrow$", "ms": 10, "color": look["color"]}
             mark(ax, x, rows["delta_bound"], "the formula's δ, an upper bound", **style)
         ax.set_yscale("log")
-    label_left(found, DELTA_LABEL)
+        label_left(ax, DELTA_LABEL)
     return fig
 
 
@@ -131,7 +160,7 @@ def shape(table):
     keys["effective_rank"] = "effective rank (directions)"
     if table["rejected_mean"].isna().all():  # too few draws for the test
         del keys["rejected"]
-    modes = table["batchnorm"].unique()
+    modes = modes_of(table)
     size = (1 + 3.2 * len(keys), 1.3 + 3 * len(modes))
     fig, axes = plt.subplots(len(modes), len(keys), figsize=size, squeeze=False)
     for line, mode in zip(axes, modes, strict=True):
@@ -156,8 +185,7 @@ def draw_shape(ax, rows, key, at):
         ax.set_ylim(bottom=0)
 
 
-def label_left(found, label):
-    """Label the y axis of every line of panels at its left."""
-    for ax, *_ in found:
-        if ax.get_subplotspec().is_first_col():
-            ax.set_ylabel(label)
+def label_left(ax, label):
+    """Label the y axis of a panel that is at the left of its line."""
+    if ax.get_subplotspec().is_first_col():
+        ax.set_ylabel(label)

@@ -28,12 +28,13 @@ POOLED = "\npooled over coordinates of different scale: how one ω\nis spread ov
 # Beneath the title of a figure: what it shows, for who sees nothing else.
 NOTES = {
     "omega": POOLED,
-    "budget": "\nWhat the search direction noise ω consists of, mean over seeds. At step 0 there is no memory. "
-    "The diamond is its measured square. It differs from the bar by BatchNorm's bias.",
-    "c_squared": "\nVariance of one image's gradient, from batches of b drawn at the same weights. "
-    "Mean over seeds, bars ±1.96 standard errors of the draws. A curve is flat where the theory's C²/b holds.",
+    "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
+    "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "
+    "Below: the same bars as shares.",
+    "c_squared": "\nVariance of one image's gradient, from batches of b drawn at the same weights: flat where "
+    "the theory's C²/b holds. Mean over seeds, bars ±1.96 standard errors of the draws.",
     "delta_bound": "\nδ measured, mean over seeds, bars ±1.96 standard errors of the draws. "
-    "The formula's has the greatest measured C² and K.",
+    "The formula's is from the greatest measured C² and K.",
     "shape": "\nIs mini-batch noise normal, coordinate by coordinate across draws, and in how many directions does "
     "it lie? Mean and band over seeds.",
 }

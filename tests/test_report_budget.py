@@ -350,11 +350,13 @@ def test_the_stack_is_the_budget_and_a_negative_staleness_is_no_bar(tmp_path):
     for row, (fresh, memory, frozen) in zip(rows, parts, strict=True):
         row |= {"fresh": fresh, "memory": memory, "memory_noise_frozen": frozen, "staleness": memory - frozen}
     write(folder / "measurements.csv", rows)
-    (ax,) = budget_plots.budget(measured(tmp_path)[1]["budget"]).axes
+    ax, shares = budget_plots.budget(measured(tmp_path)[1]["budget"]).axes
     assert bars(ax, budget_plots.FRESH["label"]) == {x: (0, 3) for x in range(3)}
     assert bars(ax, budget_plots.FROZEN["label"]) == {0: (3, 2), 2: (3, 0)}
     assert bars(ax, budget_plots.STALE["label"]) == {0: (5, 3), 2: (3, 0)}
     assert bars(ax, budget_plots.LESS["label"]) == {1: (3, 1)}
+    assert bars(shares, budget_plots.FROZEN["label"])[0] == (pytest.approx(37.5), pytest.approx(25))
+    assert bars(shares, budget_plots.LESS["label"]) == {1: (75, 25)}
     (line,) = [line for line in ax.lines if line.get_label() == budget_plots.LINE["label"]]
     assert list(line.get_ydata()) == [7, 7] and np.mean(line.get_xdata()) == 1
     assert [text.get_text() for text in ax.texts] == [f"{row['noise_square']:.2g}" for row in rows]
@@ -364,11 +366,11 @@ def test_there_is_a_panel_for_each_optimizer_and_mode(tmp_path):
     for optimizer in ("sgd", "shb"):
         run(tmp_path, optimizer, modes=("train", "eval"))
     made = measured(tmp_path)[1]
-    titles = ["SGD, b = 64, BatchNorm eval", "SHB, b = 64, BatchNorm eval"]
-    titles += [title.replace("eval", "train") for title in titles]
-    for draw, name in ((budget_plots.budget, "budget"), (budget_plots.c_squared, "direct")):
-        assert [ax.get_title() for ax in draw(made[name]).axes] == titles
-    assert [ax.get_title() for ax in budget_plots.delta_bound(made["delta_bound"]).axes] == titles
+    titles = [f"{o}, b = 64, BatchNorm {mode}" for mode in ("train", "eval") for o in ("SGD", "SHB")]
+    for figure in (budget_plots.c_squared(made["direct"]), budget_plots.delta_bound(made["delta_bound"])):
+        assert [ax.get_title() for ax in figure.axes] == titles
+    stacks = budget_plots.budget(made["budget"]).axes  # a second line of shares for each mode
+    assert [ax.get_title() for ax in stacks] == titles[:2] * 2 + titles[2:] * 2
     assert len(budget_plots.shape(made["shape"]).axes) == 2 * 3
 
 
