@@ -114,6 +114,14 @@ def test_a_run_without_draws_counts_for_k_only(tmp_path):
     assert list(constants["k"]) == [7.5] and list(constants["k_run"]) == [folder.name]
 
 
+def test_most_runs_without_draws_are_not_what_most_runs_drew(tmp_path):
+    for seed in (1, 2):
+        run(tmp_path, seed=seed, draws=0)
+    folder, _ = run(tmp_path, seed=0)
+    rows, left_out = measurements.of_one_setting(measurements.read(all_groups(tmp_path)[0].runs)[0])
+    assert set(rows["run"]) == {folder.name} and left_out == {}
+
+
 def test_k_is_of_the_mode_that_the_results_are_of(tmp_path):
     """With BatchNorm the two modes are two functions; a bound of each takes its own K."""
     folder, rows = run(tmp_path, modes=("train", "eval"))
@@ -359,7 +367,7 @@ def test_the_stack_is_the_budget_and_a_negative_staleness_is_no_bar(tmp_path):
     assert bars(shares, budget_plots.LESS["label"]) == {1: (75, 25)}
     (line,) = [line for line in ax.lines if line.get_label() == budget_plots.LINE["label"]]
     assert list(line.get_ydata()) == [7, 7] and np.mean(line.get_xdata()) == 1
-    assert [text.get_text() for text in ax.texts] == [f"{row['noise_square']:.2g}" for row in rows]
+    assert [text.get_text() for text in ax.texts] == [f"{row['noise_square']:.3g}" for row in rows]
 
 
 def test_there_is_a_panel_for_each_optimizer_and_mode(tmp_path):
@@ -433,8 +441,11 @@ def test_the_command_writes_them_and_every_dash_has_its_reason(tmp_path):
     for optimizer in ("sgd", "mine"):
         folder, _ = run(tmp_path / "runs", optimizer)
     damage(folder, "measurements.csv", lambda rows: [row.update(c_squared="nan") for row in rows])
+    spoilt, _ = run(tmp_path / "runs", "sgd", 1)
+    (spoilt / "shape.csv").write_text("x")
     done = command(tmp_path / "runs", "--out", tmp_path / "out")
     assert done.returncode == 0 and done.stderr == ""
+    assert f"left out: {spoilt.name} (shape.csv only): empty, or its last line is cut" in done.stdout
     for name in ("budget", "c_squared", "delta_bound", "shape"):
         image = plt.imread(tmp_path / "out" / f"{SLUG}_{name}.png")
         assert image[..., :3].std() > 0.05
