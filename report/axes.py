@@ -1,5 +1,7 @@
 """What the figures have in common: looks, axes, marks, bands, and the file with its legend."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
@@ -102,7 +104,10 @@ def mark_diverged(ax, rows, column, looks):
 
 
 def save(path, fig, title):
-    """Write the figure under its title as PNG and PDF, with one legend below it: each label once, marks last."""
+    """Write the figure under its title as PNG and PDF, with one legend below it: each label once, marks last.
+
+    The lines of the title are broken where they are wider than the figure.
+    """
     found = {}
     for ax in fig.axes:
         readable_ticks(ax.xaxis)
@@ -112,7 +117,9 @@ def save(path, fig, title):
     labels += sorted(set(found) - set(labels))
     columns = int(fig.get_figwidth() * 14 / (max(map(len, labels)) + 7))  # fourteen letters an inch
     fig.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=max(1, columns))
-    fig.suptitle(title, fontsize=10)
+    width = int(fig.get_figwidth() * 13)  # thirteen letters an inch
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, width)]
+    fig.suptitle("\n".join(lines), fontsize=10)
     for kind in ("png", "pdf"):
         with replacing(path.with_name(f"{path.name}.{kind}")) as file:
             fig.savefig(file, format=kind, dpi=150)

@@ -6,10 +6,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from files import replacing
-from report import axes, plots, tables
+from report import axes, budget, budget_plots, plots, tables
 
 METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
 
+NO_DRAWS = "no sampling run with --draws and a sound measurements.csv"
 NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
 # Each figure: the function, the tables it takes, and why there is none where it returns none.
 FIGURES = {
@@ -19,9 +20,25 @@ FIGURES = {
     "accuracy_delta": (plots.accuracy_delta, ("points", "correlations"), "fewer than two points have accuracy and δ"),
     "omega": (plots.omega, ("omega", "omega_histogram", "omega_qq"), "no sampling run with a sound omega.npy"),
     "gradients": (plots.gradients, ("gradients", "runs", "crossings"), "no critical run with a sound history"),
+    "budget": (budget_plots.budget, ("budget",), NO_DRAWS),
+    "c_squared": (budget_plots.c_squared, ("direct",), "fewer than two b drawn at one x, with --draw_batchsizes"),
+    "delta_bound": (budget_plots.delta_bound, ("delta_bound",), NO_DRAWS),
+    "shape": (budget_plots.shape, ("shape",), "no sampling run with --shape and a sound shape.csv"),
 }
 POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
-NOTES = {"omega": POOLED}  # beneath the title of a figure
+# Beneath the title of a figure: what it shows, for who sees nothing else.
+NOTES = {
+    "omega": POOLED,
+    "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
+    "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "
+    "Below: the same bars as shares.",
+    "c_squared": "\nVariance of one image's gradient, from batches of b drawn at the same weights: flat where "
+    "the theory's C²/b holds. Mean over seeds, bars ±1.96 standard errors of the draws.",
+    "delta_bound": "\nδ measured, mean over seeds, bars ±1.96 standard errors of the draws. "
+    "The formula's is from the greatest measured C² and K.",
+    "shape": "\nIs mini-batch noise normal, coordinate by coordinate across draws, and in how many directions does "
+    "it lie? Mean and band over seeds.",
+}
 # Each table of the report, and why there is none where it is empty. Those in FILES are written, but not shown.
 TABLES = {
     "critical_batch_size": NO_STAR,
@@ -29,9 +46,15 @@ TABLES = {
     "correlations": "fewer than three points with accuracy and δ, or all equal",
     "steps": "no critical run says anything of ε",
     "omega": "no sampling run that did not diverge",
+    "budget": NO_DRAWS,
+    "c_squared": NO_DRAWS,
+    "delta_bound": NO_DRAWS,
+    "shape": "no sampling run with --shape and a sound shape.csv",
 }
-FILES = ("omega_histogram", "omega_qq", "gradients")
+FILES = ("direct", "omega_histogram", "omega_qq", "gradients")
 # Why columns of a table have no value ("–"), told beneath the table.
+NO_BOUND = "no formula is known for this optimizer, or no C² is measured"
+FEW_DRAWS = "fewer than 20 draws, too few for the test"
 NO_K = "no run that did not diverge measured a full gradient"
 MISSING = {
     NO_STAR: "b_star edge range critical_seeds undecided",
@@ -47,9 +70,13 @@ MISSING = {
     "every seed diverged before ε": "steps steps_are sfo",
     "nothing published, or not all of ours measured with the published settings": "ratio",
     "only the ω drawn are read whole": "beyond_6_std",
+    "a batch of all images has no C², two draws no standard error": "c_squared_direct c_squared_direct_se noise_scale",
+    "no ε has a b*, or no C² is measured": "solved_over_direct",
+    NO_BOUND: "c_squared_term k_term delta_bound bound_over_measured c_squared_greatest",
+    FEW_DRAWS: "rejected",
 }
 WHY = {column: why for why, columns in MISSING.items() for column in columns.split()}
-HEADINGS = {"max_minibatch_norm": "largest mini-batch gradient norm"}
+HEADINGS = {"run_batch_size": "b", "max_minibatch_norm": "largest mini-batch gradient norm"}
 
 
 def text(value):
@@ -104,9 +131,28 @@ def tell_runs(group, constants):
     return lines + list(lost + group.runs["name"])
 
 
+def tell_budget(made):
+    """Return the lines that say what the figures of the noise budget leave out."""
+    lines = []
+    if made["budget"].empty:
+        return lines
+    shown, every = budget_plots.shown_size(made["budget"]), sorted(made["budget"]["run_batch_size"].unique())
+    others = ", ".join(f"{b:g}" for b in every if b != shown)
+    if others:
+        lines.append(f"not drawn: the noise budget at b = {others}: its figures are of b = {shown}")
+    bounds = made["delta_bound"]
+    for name in bounds["optimizer"][bounds["delta_bound"].isna()].unique():
+        lines.append(f"not drawn: the formula's δ of {name.upper()} with the direct C²: {NO_BOUND}")
+    if len(made["shape"]) and made["shape"]["rejected_mean"].isna().all():
+        lines.append(f"not drawn: the share of coordinates rejected: {FEW_DRAWS}")
+    return lines
+
+
 def write(group, out):
     """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
     made, unsound = tables.measure(group)
+    noise, not_in_budget = budget.measure(made, group)
+    made, unsound = made | noise, unsound | not_in_budget
     page, lines = f"\n## {group.slug}\n", [f"{group.slug}: {len(group.runs)} runs used"]
     for name, (draw, needed, why) in FIGURES.items():
         with plt.rc_context(axes.STYLE):
@@ -125,7 +171,7 @@ def write(group, out):
         if len(made[name]):
             with replacing(out / f"{group.slug}_{name}.csv") as file:
                 file.write(made[name].to_csv(index=False, lineterminator="\n").encode())
-    lines += tell_runs(group, made["constants"])
+    lines += tell_runs(group, made["constants"]) + tell_budget(made)
     lines += [f"left out: {name}: {reason}" for name, reason in (group.left_out | unsound).items()]
     print(*lines, sep="\n")
     return page + "\n### runs\n\n" + bullets(lines)

@@ -24,7 +24,8 @@ NEEDED = {
     "sampling": ("delta", "noise_norm", "full_gradient_norm", *OMEGA),
 }
 RESULTS = list(dict.fromkeys([key for keys in NEEDED.values() for key in keys] + [*PARTS]))  # always have a column
-# The arguments in which all runs of one mode must agree to share a figure.
+# The arguments in which all runs of one mode must agree to share a figure. earlier_steps and draws are not among them:
+# what a summary holds is of the last step and the training batch, and the rows of measurements.csv say their own.
 SHARED = {
     "normal": ("epochs", "max_steps", "precision"),
     "critical": ("min_epochs", "precision"),
@@ -45,8 +46,8 @@ def load(runs_dir):
 
     What is unfinished or damaged is left out, and printed: `left out: NAME: REASON`.
     Columns: name (the folder's, below runs_dir), folder (Path), mode, status, diverged (bool), steps, args (dict of
-    all arguments), and of these dataset, model, optimizer, lr, batch_size, seed; beta and nu, without a
-    value where the optimizer takes none; curve, the optimizer with its ν: what
+    all arguments), and of these dataset, model, optimizer, lr, batch_size, seed; batchnorm, the mode of sampling's
+    results; beta and nu, without a value where the optimizer takes none; curve, the optimizer with its ν: what
     runs of one curve share. to_eps: {ε: first step or None}; first_check: the first step at which ε was looked at.
     Every number of the results has a column of its own, without a value where a run has none.
     `gradient_norms` and `omega` read the large files of one run.
@@ -90,6 +91,9 @@ def read_run(folder, name):
     run |= {key: take(args, key, allowed) for key, allowed in ARGUMENTS.items()}
     run |= {"batch_size": run.pop("batchsize"), "lr": six_digits(run["lr"]), **momentum(args), "args": args}
     run["settings"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in SHARED[mode])
+    run["batchnorm"] = first_batchnorm(args)
+    if run["batchnorm"] != "train":
+        run["settings"] += f", batchnorm {run['batchnorm']}"
     run["as_published"] = all(args.get(key) == value for key, value in published.SETTINGS[mode].items())
     critical = mode == "critical"
     run["first_check"] = first_check(run, summary) if critical else None
@@ -142,6 +146,16 @@ def momentum(args):
         nu = six_digits(take(args, "nu", (-HUGE, HUGE)))
         curve = f"{optimizer} nu {nu:g}"
     return {"beta": beta, "nu": nu, "curve": curve}
+
+
+def first_batchnorm(args):
+    """Return the BatchNorm mode of a run's results: the first of --measure_batchnorm, train before there was a choice.
+
+    ValueError for another than train or eval.
+    """
+    modes = args.get("measure_batchnorm") or ["train"]
+    first = modes[0] if isinstance(modes, list) else modes
+    return take({"measure_batchnorm": first}, "measure_batchnorm", "train|eval")
 
 
 def first_check(run, summary):

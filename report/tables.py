@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from report import details, published, theory
+from report import details, measurements, published, theory
 
 DELTAS = ("delta_formula", "delta_measured_mean")  # the columns of `points` that accuracy is set against
 
@@ -18,7 +18,8 @@ def measure(group):
     theirs = published.shb_steps(group.published)
     made["published_steps"] = theirs.reset_index()
     made["steps"] = steps(group.crossings, theirs)
-    made["constants"] = constants(runs, made["steps"], group.lr, group.beta, group.published)
+    made["measurements"], made["shapes"], unread = measurements.read(runs)
+    made["constants"] = constants(runs, made["steps"], group.lr, group.beta, group.published, made["measurements"])
     stars = made["constants"].dropna(subset="eps")
     made["critical_batch_size"] = stars if stars["b_star"].notna().any() else stars[:0]
     made["points"] = points(runs, made["constants"], group.lr, group.beta, group.published)
@@ -26,7 +27,7 @@ def measure(group):
     spread, no_omega = details.spread_of_omegas(runs)
     made["omega"] = details.omega(runs, spread.pop("shares"))
     made["gradients"], no_history = details.gradients(runs)
-    return made | spread, no_omega | no_history
+    return made | spread, unread | no_omega | no_history
 
 
 def band(groups, column):
@@ -94,27 +95,35 @@ def critical_batch_size(rows):
     }
 
 
-def largest_full_gradient(runs):
+def largest_full_gradient(runs, measured=None, batchnorm="train"):
     """Return K = max ‖∇f‖ as {k, k_run, k_step}, over the measured full gradients of runs that did not diverge.
 
-    A run has measured one if its results hold full_gradient_norm, at its last step; until now those of sampling.
-    A largest mini-batch norm is no stand-in: at small b it is many times as large.
+    A run has measured one if its results hold full_gradient_norm, at its last step; and one at every step of
+    `measured`, the rows of `measurements.read`. batchnorm: the mode in which they were measured; with BatchNorm the
+    two modes are two functions. A largest mini-batch norm is no stand-in: at small b it is many times as large.
     """
-    norms = runs["full_gradient_norm"][~runs["diverged"]].dropna()
+    columns = ["run", "steps", "full_gradient_norm"]
+    alike = runs[~runs["diverged"] & (runs["batchnorm"] == batchnorm)]
+    norms = alike.rename(columns={"name": "run"})[columns].dropna()
+    if measured is not None:
+        norms = pd.concat([norms, measured[measured["batchnorm"] == batchnorm][columns]], ignore_index=True)
     if norms.empty:
         return {"k": None, "k_run": None, "k_step": None}
-    run = runs.loc[norms.idxmax()]
-    return {"k": float(norms.max()), "k_run": run["name"], "k_step": int(run["steps"])}
+    row = norms.loc[norms["full_gradient_norm"].astype(float).idxmax()]
+    return {"k": float(row["full_gradient_norm"]), "k_run": row["run"], "k_step": int(row["steps"])}
 
 
-def constants(runs, rows, lr, beta, paper):
+def constants(runs, rows, lr, beta, paper, measured=None):
     """Return one row per optimizer and ε: b*, the estimated C² and K, and the bound, beside the published.
 
-    rows: of `steps`. paper: {optimizer: published numbers}. C² comes from b* at one reference ε per optimizer, the
-    smallest with a b* inside the grid, or else with any (c_squared_from says which b*); there the bound equals b* by
-    construction, elsewhere it is a prediction. Without a formula for the optimizer there are neither.
+    rows: of `steps`. paper: {optimizer: published numbers}. measured: of `measurements.read`. C² comes from b* at
+    one reference ε per optimizer, the smallest with a b* inside the grid, or else with any (c_squared_from says
+    which b*); there the bound equals b* by construction, elsewhere it is a prediction. Without a formula for the
+    optimizer there are neither.
     """
     table = []
+    sampled = runs["batchnorm"][runs["mode"] == "sampling"]
+    batchnorm = sampled.iloc[0] if len(sampled) else "train"  # the sampling runs of a Group have one
     for optimizer, mine in runs.groupby("optimizer", observed=True):
         by_eps = rows[rows["optimizer"] == optimizer].groupby("eps")
         stars = {eps: critical_batch_size(part) for eps, part in by_eps}
@@ -126,12 +135,14 @@ def constants(runs, rows, lr, beta, paper):
             source = f"b* {star['edge'] or '='} {star['b_star']}"
             c_squared = float(theory.c_squared_from_b(optimizer, lr, star["b_star"], reference, beta))
         theirs = paper.get(optimizer, {})
+        points = None if measured is None else measured[measured["optimizer"] == optimizer]
+        k = largest_full_gradient(mine, points, batchnorm)
         for eps in stars or [None]:
             row = {"optimizer": optimizer, "eps": eps, "b_star": None} | stars.get(eps, {}) | {"bound": None}
             if c_squared is not None:
                 row["bound"] = float(theory.critical_batch_size_bound(optimizer, lr, c_squared, eps, beta))
             row |= {"reference_eps": reference, "c_squared": c_squared, "c_squared_from": source}
-            row |= largest_full_gradient(mine) | {"published_b_star": theirs.get("b_star", {}).get(eps)}
+            row |= k | {"published_b_star": theirs.get("b_star", {}).get(eps)}
             table.append(row | {f"published_{key}": theirs.get(key) for key in ("c_squared", "k")})
     return pd.DataFrame(table, dtype=object)
 

@@ -43,18 +43,30 @@ def degree_of_smoothing(optimizer, lr, batch_size, c_squared, k=0.0, beta=0.0):
     K enters shb and nshb_v1 only, β all but sgd.
     """
     _check(lr=lr, batch_size=batch_size, c_squared=c_squared, k=k, beta=beta)
-    variance = c_squared / np.asarray(batch_size, dtype=float)
-    if optimizer == "sgd":
-        psi_squared = variance
-    elif optimizer == "shb":
-        psi_squared = (1 + beta_hat(beta)) * variance + beta_hat(beta) * np.square(k)
-    elif optimizer == "nshb":
-        psi_squared = variance / (1 - beta)
-    elif optimizer == "nshb_v1":
+    if optimizer == "nshb_v1":
+        variance = c_squared / np.asarray(batch_size, dtype=float)
         psi_squared = variance + 4 * np.square(beta) * (variance + np.square(k))
     else:
-        raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}, nshb_v1")
+        psi_squared = sum(terms(optimizer, batch_size, c_squared, k, beta))
     return lr * np.sqrt(psi_squared)
+
+
+def terms(optimizer, batch_size, c_squared, k=0.0, beta=0.0):
+    """Return the two terms of ψ², the bound of E‖ω‖², gradient norm squared: C²'s and K's. δ = ηψ.
+
+    sgd   C²/b               0
+    shb   (1 + β̂) C²/b       β̂ K²
+    nshb  C² / ((1 − β) b)   0          [paper, as `degree_of_smoothing`]
+    """
+    _check(batch_size=batch_size, c_squared=c_squared, k=k, beta=beta)
+    variance = c_squared / np.asarray(batch_size, dtype=float)
+    if optimizer == "sgd":
+        return variance, 0.0
+    if optimizer == "shb":
+        return (1 + beta_hat(beta)) * variance, beta_hat(beta) * np.square(k)
+    if optimizer == "nshb":
+        return variance / (1 - beta), 0.0
+    raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
 
 
 def _bound_factor(optimizer, beta):
