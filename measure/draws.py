@@ -60,6 +60,18 @@ def dense_gradient(model: nn.Module, batch: Batch, params: list[Tensor], loss: L
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 
 
+def isotropic(like: list[Tensor], norm: float, generator: torch.Generator) -> list[Tensor]:
+    """Gaussian noise u of one scale in every coordinate, E‖u‖² = norm², shaped as the tensors `like`.
+
+    Drawn in float32 on the generator's device, tensor by tensor, so that the generator's seed alone determines it.
+    """
+    scale = norm / sum(t.numel() for t in like) ** 0.5
+    return [
+        torch.randn(t.shape, generator=generator, device=generator.device).mul_(scale).to(t.device, t.dtype)
+        for t in like
+    ]
+
+
 def flat(tensors: list[Tensor]) -> Tensor:
     """All entries in one vector, on the CPU."""
     return torch.cat([t.reshape(-1) for t in tensors]).cpu()
