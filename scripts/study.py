@@ -1,0 +1,174 @@
+"""The study behind results/: its runs, by scripts/sweep.py, then figures.py on all of them.
+
+What is done is skipped; Ctrl-C, and the same command again goes on. The records go to --runs_dir; those of the study
+in the repository lie in results/runs, without weights and ω. At full scale, on a GPU:
+    bash scripts/results.sh --model ResNet18 --seeds "0 1 2" --batchsizes "8 16 32 64 128 256 512 1024 2048 4096 8192"
+Exit status: 0 every part is done, 1 a part is not, 2 bad argument, 130 stopped.
+"""
+
+import argparse
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sweep  # noqa: E402
+
+from arguments import Parser, steps_per_epoch  # noqa: E402
+from files import replacing  # noqa: E402
+from messages import UserError, say, usable_streams  # noqa: E402
+from state import read_summary  # noqa: E402
+
+EPS = ("2.0", "1.5", "1.2")
+EPOCHS = 6  # what `critical` may take at most, and what `normal` takes
+DRAWN = ("--draws=64", "--draw_batchsizes", "8", "32", "512")
+
+
+def command_line(argv: list[str]) -> argparse.Namespace:
+    """The arguments. Raises UserError."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="scripts/results.sh", description=__doc__, formatter_class=form, allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", default="CIFAR100", help="default: CIFAR100")
+    add("--model", default="ResNet20", help="default: ResNet20")
+    add("--seeds", type=sweep.words, metavar="LIST", default=["0", "1"], help="default: 0 1")
+    add(
+        "--batchsizes",
+        type=sweep.words,
+        metavar="LIST",
+        default=["16", "32", "64", "128", "256", "512", "1024"],
+        help="of `critical`",
+    )
+    add("--parts", type=sweep.words, metavar="LIST", help=f"default: {' '.join(PARTS)}")
+    add("--runs_dir", type=Path, default=ROOT / "results" / "runs", metavar="DIR", help="default: results/runs")
+    add("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
+    add("--jobs_per_gpu", default="1", metavar="N", help="as of scripts/sweep.sh")
+    add("--dry_run", action="store_true", help="name every run and its state, and do nothing")
+    own = parser.parse_args(argv)
+    unknown = [part for part in own.parts or [] if part not in PARTS]
+    if unknown:
+        raise UserError(f"argument --parts: got {unknown[0]!r}, allowed are {', '.join(PARTS)}")
+    return own
+
+
+# --- the parts: command lines of scripts/sweep.py, without --dataset, --model and --runs_dir --------------------
+
+
+def critical(own: argparse.Namespace) -> list[list[str]]:
+    """Steps to three ε for every b, at most EPOCHS epochs; the first seed with the full-gradient stop too."""
+    lines = []
+    for b in own.batchsizes:
+        cap = f"--max_steps={EPOCHS * epoch(own, b)}"
+        line = ["critical", f"--batchsizes={b}", cap, "--min_epochs=1", "--eps", *EPS]
+        first, *others = own.seeds
+        lines.append([*line, f"--seeds={first}", "--full_grad_every=1"])
+        lines += [[*line, f"--seeds={' '.join(others)}"]] if others else []
+    return lines
+
+
+def noise(own: argparse.Namespace) -> list[list[str]]:
+    """The noise budget over training, C² over b, shape: all optimizers at b = 128, SGD at two more."""
+    line = ["sampling", f"--seeds={own.seeds[0]}", "--steps", "0", "50", "400", "1600", *DRAWN, "--shape"]
+    return [[*line, "--batchsizes=128"], [*line, "--batchsizes=16 1024", "--optimizers=sgd"]]
+
+
+def landscape(own: argparse.Namespace) -> list[list[str]]:
+    """Smoothing and sharpness of all optimizers at b = 128."""
+    line = ["sampling", f"--seeds={own.seeds[0]}", "--batchsizes=128", "--steps", "400", "1600", "--draws=32"]
+    return [[*line, "--smoothing=32", "--sharpness", "--probe_images=500"]]
+
+
+def paper(own: argparse.Namespace) -> list[list[str]]:
+    """The direct C² and K of the paper's own network."""
+    line = ["sampling", "--model=ResNet18", f"--seeds={own.seeds[0]}", "--batchsizes=128", "--optimizers=shb"]
+    return [[*line, "--steps", "0", "100", "--draws=16"]]
+
+
+def accuracy(own: argparse.Namespace) -> list[list[str]]:
+    """Test accuracy at equal epochs and at equal updates, those of b = 512; δ and sharpness after these updates."""
+    updates, seeds = EPOCHS * epoch(own, "512"), f"--seeds={' '.join(own.seeds)}"
+    line = ["normal", "--batchsizes=512 128 32", seeds, f"--epochs={EPOCHS}"]
+    measured = ["sampling", "--batchsizes=512 128 32", seeds, "--steps", str(updates), "--draws=16", "--sharpness"]
+    return [line, [*line, f"--max_steps={updates}"], [*measured, "--probe_images=500"]]
+
+
+PARTS = {each.__name__: each for each in (noise, landscape, paper, critical, accuracy)}
+
+
+def epoch(own: argparse.Namespace, b: str) -> int:
+    """Updates in an epoch."""
+    return steps_per_epoch(argparse.Namespace(dataset=own.dataset, batchsize=int(b)))
+
+
+# --- around them ------------------------------------------------------------------------------------------------
+
+
+def lines(own: argparse.Namespace, part: str) -> list[list[str]]:
+    """The command lines of scripts/sweep.py that make a part."""
+    common = [f"--dataset={own.dataset}", f"--model={own.model}", f"--runs_dir={own.runs_dir}"]
+    return [[mode, *common, *flags] for mode, *flags in PARTS[part](own)]
+
+
+def planned(own: argparse.Namespace, part: str) -> list[sweep.Run]:
+    """The runs of a part, and how each stands. Raises UserError if main.py refuses them."""
+    runs = [run for line in lines(own, part) for run in sweep.expand(*sweep.command_line(line))]
+    sweep.plan(runs)
+    return runs
+
+
+def cost(own: argparse.Namespace) -> list[dict]:
+    """For each part: its runs, those that have ended, and their hours here by their own records."""
+    rows = []
+    for part in PARTS:
+        runs = planned(own, part)
+        ended = [read_summary(run.log.with_suffix("")) for run in runs if run.state in sweep.EXIT_STATUS]
+        hours = sum(summary["seconds"] for summary in ended) / 3600
+        rows.append({"part": part, "runs": len(runs), "ended": len(ended), "hours": f"{hours:.2f}"})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows of the same keys as a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def main(argv: list[str]) -> int:
+    """Make the parts one after another, then the figures. Returns the exit status. Raises UserError, OSError."""
+    own, status = command_line(argv), 0
+    python, more = os.environ.get("PYTHON") or sys.executable, ["--dry_run"] if own.dry_run else []
+    for part in PARTS:
+        planned(own, part)  # a bad argument ends it here, and not in the third part
+    for part in own.parts or PARTS:
+        for line in lines(own, part):
+            command = [python, str(ROOT / "scripts" / "sweep.py"), *line, f"--jobs_per_gpu={own.jobs_per_gpu}", *more]
+            print(f"\n{part}: sweep.sh {' '.join(line)}", flush=True)
+            ended = subprocess.run(command).returncode
+            if ended not in (0, 1):
+                return ended
+            status = max(status, ended)
+    if own.dry_run:
+        return status
+    ended = subprocess.run([python, str(ROOT / "figures.py"), str(own.runs_dir), "--out", str(own.out)]).returncode
+    write_csv(own.out / "cost.csv", cost(own))
+    return max(status, ended)
+
+
+if __name__ == "__main__":
+    usable_streams()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        say("error", error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

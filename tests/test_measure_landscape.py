@@ -1,0 +1,302 @@
+"""measure/smoothing.py and sharpness.py against dense Hessians, quadratics, Rastrigin's function; and their errors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from measure.draws import isotropic
+from measure.gradients import full_gradient, gradient, trained
+from measure.sharpness import Landscape, batch_sharpness, largest_eigenvalue, sharpness, signs
+from measure.smoothing import Step, smoothing
+from shb import NSHB, SGD, SHB
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def half_square(output, y):
+    return (output.squeeze(1) - y).square().mean() / 2
+
+
+def network(batchnorm, seed=0):
+    """A small smooth network with frozen parameters and one that the loss is linear in, in float64."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(3, 4), *([nn.BatchNorm1d(4)] if batchnorm else []), nn.Tanh(), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def some_batches(sizes, seed=0):
+    g = generator(seed)
+    return [(torch.randn(n, 3, generator=g, dtype=torch.float64), torch.randint(3, (n,), generator=g)) for n in sizes]
+
+
+def dense_hessian(model, batches, training):
+    """(d, d), by torch.autograd.functional of the loss written out over one flat vector."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    params = dict(model.named_parameters())
+    sizes, shapes = [params[n].numel() for n in names], [params[n].shape for n in names]
+    images = sum(len(y) for _, y in batches)
+    model.train(training)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+    def loss(flat):
+        parts = {n: p.view(s) for n, p, s in zip(names, flat.split(sizes), shapes, strict=True)}
+        whole = {**{n: p.detach() for n, p in params.items()}, **parts, **{n: b.clone() for n, b in buffers.items()}}
+        return sum(F.cross_entropy(functional_call(model, whole, x), y, reduction="sum") for x, y in batches) / images
+
+    flat = torch.cat([params[n].detach().reshape(-1) for n in names])
+    return torch.autograd.functional.hessian(loss, flat).numpy()
+
+
+def vector(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors]).double().numpy()
+
+
+@pytest.mark.parametrize(("batchnorm", "training"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hessian_products(batchnorm, training, seed):
+    model, batches = network(batchnorm, seed), some_batches((5, 7, 4), seed)
+    dense = dense_hessian(model, batches, training)
+    f = Landscape(model, batches, training=training)
+    vectors = signs(f.params, generator(seed))[:3]
+    for v in vectors:
+        np.testing.assert_allclose(vector(f.product(v)), dense @ vector(v), rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(f.quadratic(vectors), [vector(v) @ dense @ vector(v) for v in vectors], rtol=1e-9)
+    start = [torch.randn(p.shape, generator=generator(seed), dtype=p.dtype) for p in f.params]
+    assert largest_eigenvalue(f, start) == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_sharpness_is_the_ratio_of_the_means(training):
+    model, batches = network(True), some_batches((6,) * 5, seed=3)
+    f = Landscape(model, some_batches((9,)), training=training)
+    found = batch_sharpness(f, batches)
+    pairs = []
+    for batch in batches:
+        model.train(training)
+        g = vector(gradient(model, *batch, f.params))
+        pairs.append((g @ dense_hessian(model, [batch], training) @ g, g @ g))
+    curvature, square = np.array(pairs).T
+    ratio = curvature.mean() / square.mean()
+    assert found["batch_sharpness"] == pytest.approx(ratio, rel=1e-9)
+    jackknife = np.array([np.delete(curvature, i).mean() / np.delete(square, i).mean() for i in range(5)])
+    error = math.sqrt(4 / 5 * ((jackknife - jackknife.mean()) ** 2).sum())
+    assert found["batch_sharpness_se"] == pytest.approx(error, rel=0.5)  # two estimators of one error, at n = 5
+    with pytest.raises(ValueError, match="two or more batches, got 1"):
+        batch_sharpness(f, batches[:1])
+
+
+def test_trace_and_its_error():
+    """Unbiased, and its 95 % interval covers."""
+    model, batches = network(False), some_batches((8,))
+    trace = np.trace(dense_hessian(model, batches, True))
+    f, found = Landscape(model, batches), []
+    for seed in range(120):
+        values = f.quadratic(signs(f.params, generator(seed)))
+        found.append((values.mean(), values.std(ddof=1) / 4))
+    means, errors = np.array(found).T
+    assert abs(means.mean() - trace) < 4 * means.std() / math.sqrt(120)
+    assert 0.9 <= np.mean(np.abs(means - trace) < 1.96 * errors) <= 0.99
+
+
+class Rastrigin(nn.Module):
+    """x² + 10 − 10 cos 2πx, whatever the input."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor([x], dtype=torch.float64))
+
+    def forward(self, inputs):
+        return (self.x.square() + 10 - 10 * torch.cos(2 * math.pi * self.x)).expand(len(inputs))
+
+
+@pytest.mark.parametrize("x", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize("delta", [0.05, 0.2, 0.5])
+def test_rastrigin_smoothed_by_gaussian_noise(x, delta):
+    """Closed form: E f(x + u) = x² + δ² + 10 − 10 exp(−2π²δ²) cos 2πx."""
+    f = Landscape(Rastrigin(x), [(torch.zeros(1, 1), torch.zeros(1))], loss=lambda output, y: output.mean())
+    g = generator(1)
+    at = f.value()
+    rises = np.array([f.rise(isotropic(f.params, delta, g), at) for _ in range(1000)])
+    closed = delta**2 + 10 * math.cos(2 * math.pi * x) * (1 - math.exp(-2 * math.pi**2 * delta**2))
+    assert abs(rises.mean() - closed) < 4 * rises.std() / math.sqrt(1000)
+    found = sharpness(f, [(torch.zeros(1, 1), torch.zeros(1))] * 2, delta, 200, generator(2))
+    assert abs(found["average_sharpness"] - closed) < 4 * found["average_sharpness_se"]
+    assert x or math.isnan(found["batch_sharpness"])  # 0/0 at the minimum
+    second = 2 + 40 * math.pi**2 * math.cos(2 * math.pi * x)
+    assert found["lambda_max"] == pytest.approx(second, rel=1e-6)
+    assert found["trace"] == pytest.approx(second, rel=1e-6) and found["trace_se"] < 1e-6
+
+
+def regression(seed, d=5, n=40):
+    """Linear regression in float64: its loss is a quadratic with the Hessian XᵀX/n. Model, x, y, Hessian."""
+    g = generator(seed)
+    torch.manual_seed(seed)
+    model = nn.Linear(d, 1, bias=False).double()
+    x, y = torch.randn(n, d, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
+    return model, x, y, (x.T @ x / n).numpy()
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: SGD(p, lr=0.05),
+    "shb": lambda p: SHB(p, 0.05, 0.9),
+    "nshb": lambda p: NSHB(p, 0.2, 0.8),
+}
+
+
+def measured_step(name, seed, m=6):
+    """A regression some steps into its training: f, optimizer, ∇f, draws, and as arrays H, x, ∇f, draws, memory, w."""
+    model, x, y, hessian = regression(seed)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    rows = generator(seed + 10)
+    for _ in range(3):
+        index = torch.randperm(len(y), generator=rows)[:8]
+        optimizer.zero_grad()
+        half_square(model(x[index]), y[index]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    params = trained(model)
+    full = full_gradient(model, [(x, y)], len(y), loss=half_square)
+    draws = []
+    for _ in range(m):
+        index = torch.randperm(len(y), generator=rows)[:8]
+        draws.append(gradient(model, x[index], y[index], params, half_square)[0].reshape(-1))
+    beta = optimizer.param_groups[0].get("momentum", 0)
+    memory = beta * vector([optimizer.state[params[0]]["momentum_buffer"]]) if beta else np.zeros(5)
+    weight = {"sgd": 1, "shb": 1, "nshb": 1 - beta}[name]
+    f = Landscape(model, [(x[:15], y[:15]), (x[15:], y[15:])], loss=half_square)
+    lr = optimizer.param_groups[0]["lr"]
+    known = hessian, vector(params), vector(full), torch.stack(draws).numpy(), memory, weight, lr
+    return f, optimizer, full, draws, known
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_smoothing_on_a_quadratic(name, seed):
+    """Every number in closed form: f(a + v) − f(a) = ∇f(a)ᵀv + vᵀHv/2."""
+    f, optimizer, full, draws, known = measured_step(name, seed)
+    hessian, x, nabla, gradients, memory, w, lr = known
+    found = smoothing(f, optimizer, full, draws, len(draws), generator(seed))
+
+    def rise(start, v):
+        return (nabla + hessian @ (start - x)) @ v + v @ hessian @ v / 2
+
+    directions = w * gradients + memory
+    y, mu = x - lr * nabla, memory - (1 - w) * nabla
+    z = y - lr * mu
+    excess = np.array([rise(y, -lr * (d - nabla)) for d in directions])
+    assert found["excess"] == pytest.approx(excess.mean(), rel=1e-8)
+    assert found["displacement"] == pytest.approx(rise(y, -lr * mu), rel=1e-8, abs=1e-14)
+    real = np.array([rise(z, -lr * w * (g - nabla)) for g in gradients])
+    assert found["real"] == pytest.approx(real.mean(), rel=1e-8)
+    assert found["real_se"] == pytest.approx(real.std(ddof=1) / math.sqrt(len(real)), rel=1e-8)
+    assert found["excess"] == pytest.approx(found["displacement"] + found["real"], rel=1e-10)
+    pairs = (gradients[0::2] - gradients[1::2]) / math.sqrt(2)
+    curvatures = np.array([lr**2 * w**2 * e @ hessian @ e / 2 for e in pairs])
+    assert found["predicted"] == pytest.approx(curvatures.mean(), rel=1e-8)
+    assert found["predicted_se"] == pytest.approx(curvatures.std(ddof=1) / math.sqrt(len(pairs)), rel=1e-8)
+    deviations = gradients - gradients.mean(0)
+    norm_square = lr**2 * w**2 * (deviations**2).sum() / (len(gradients) - 1)
+    assert found["fluctuation_norm"] == pytest.approx(math.sqrt(norm_square), rel=1e-8)
+
+
+@pytest.mark.parametrize("injected", [0.0, 0.7])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_controls_on_a_quadratic(name, injected):
+    """Over many points the controls have the curvature of their covariance: η² tr(HΣ)/2."""
+    f, optimizer, full, draws, known = measured_step(name, 2)
+    hessian, _, _, gradients, _, w, lr = known
+    step, g = Step(f.params, optimizer, full, draws, injected), generator(5)
+    sigma = w**2 * np.cov(gradients.T) + injected**2 / 5 * np.eye(5)
+    controls = {"gaussian": sigma, "isotropic": np.trace(sigma) / 5 * np.eye(5)}
+    for kind, covariance in controls.items():
+        points = np.array([vector(getattr(step, kind)(0, g)) for _ in range(4000)])
+        np.testing.assert_allclose(points.T @ points / 4000, lr**2 * covariance, atol=0.1 * lr**2 * np.trace(sigma))
+        curvatures = np.einsum("ki,ij,kj->k", points, hessian, points) / 2
+        expected = lr**2 * np.trace(hessian @ covariance) / 2
+        assert abs(curvatures.mean() - expected) < 4 * curvatures.std() / math.sqrt(4000)
+    assert step.norm == pytest.approx(lr * math.sqrt(np.trace(sigma)), rel=1e-8)
+
+
+def test_predictions_are_unbiased_and_their_errors_cover():
+    """Against η² tr(HΣ)/2 of all batches there are, with injected noise; over 120 sets of draws."""
+    model, x, y, hessian = regression(4, d=4, n=12)
+    optimizer, params, b, injected = SGD(model.parameters(), lr=0.1), trained(model), 3, 0.4
+    residuals = (model(x).squeeze(1) - y).detach()
+    single = (residuals[:, None] * x).numpy()  # gradients of single images
+    variance = np.cov(single.T) / b * (12 - b) / 12  # of a mean of b different images
+    sigma = variance + injected**2 / 4 * np.eye(4)
+    real, flat = 0.01 * np.trace(hessian @ sigma) / 2, 0.01 * np.trace(hessian) * np.trace(sigma) / 8
+    full, g, found = full_gradient(model, [(x, y)], 12, loss=half_square), generator(7), []
+    f = Landscape(model, [(x, y)], loss=half_square)
+    for _ in range(120):
+        draws = [torch.from_numpy(single[torch.randperm(12, generator=g)[:b]].mean(0)) for _ in range(24)]
+        found.append(smoothing(f, optimizer, full, draws, 24, g, injected))
+    assert params[0].numel() == 4
+    for key, expected in {"predicted": real, "predicted_isotropic": flat, "real": real, "gaussian": real}.items():
+        values = np.array([numbers[key] for numbers in found])
+        assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(120), key
+        if key in ("predicted", "real"):
+            inside = [abs(numbers[key] - expected) < 1.96 * numbers[f"{key}_se"] for numbers in found]
+            assert 0.9 <= np.mean(inside) <= 0.99, key
+
+
+def state(model, optimizer):
+    momentum = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    return [*(t.clone() for t in model.state_dict().values()), *momentum], grads, modes, torch.get_rng_state()
+
+
+def same(one, two):
+    return (
+        all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+        and all(a is b is None or torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+        and one[2] == two[2]
+        and torch.equal(one[3], two[3])
+    )
+
+
+@pytest.mark.parametrize("training", [True, False, None])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_measuring_changes_nothing(training, interrupted):
+    model, batches = network(True), some_batches((6, 5))
+    model[1].eval()
+    optimizer = SHB(model.parameters(), lr=0.1)
+    F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    before, calls = state(model, optimizer), []
+
+    def between():
+        calls.append(1)
+        if interrupted and len(calls) == 30:
+            raise KeyboardInterrupt
+
+    f = Landscape(model, batches, training=training, between=between)
+    full = full_gradient(model, batches, 11, params=f.params, training=training)
+    draws = [torch.from_numpy(vector(gradient(model, *batch, f.params))) for batch in some_batches((4,) * 6, seed=1)]
+    before = state(model, optimizer)
+    try:
+        smoothing(f, optimizer, full, draws, 6, generator())
+        sharpness(f, some_batches((4, 4)), 0.1, 3, generator())
+    except KeyboardInterrupt:
+        assert interrupted
+    assert same(before, state(model, optimizer))
+    assert len(calls) == 30 if interrupted else len(calls) > 30
+
+
+def test_what_cannot_be_measured():
+    f, optimizer, full, draws, _ = measured_step("sgd", 0)
+    for bad, points in ((draws[:3], 2), (draws, 1), (draws, 7)):
+        with pytest.raises(ValueError, match="draws must be 4 or more"):
+            smoothing(f, optimizer, full, bad, points, generator())
+    with pytest.raises(ValueError, match="as many entries as the parameters, 5"):
+        smoothing(f, optimizer, full, [draw[:4] for draw in draws], 2, generator())

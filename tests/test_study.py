@@ -1,0 +1,80 @@
+"""scripts/study.py: which runs the study has, that main.py takes them all, and what it says they cost."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import study
+from test_sweep import record
+
+
+@pytest.mark.parametrize("part", study.PARTS)
+def test_main_takes_every_run(part, tmp_path):
+    runs = study.planned(study.command_line([f"--runs_dir={tmp_path}"]), part)
+    assert {run.state for run in runs} == {"new"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_scales(tmp_path):
+    argv = ["--model=ResNet18", "--seeds=0 1 2", "--batchsizes=8 8192", f"--runs_dir={tmp_path}"]
+    own = study.command_line(argv)
+    assert all("ResNet18" in run.label for run in study.planned(own, "critical"))
+    assert len(study.planned(own, "critical")) == 2 * 3 * 3  # b, optimizers, seeds
+    assert len(study.planned(own, "accuracy")) == 3 * (3 * 3 * 3)
+
+
+def test_the_critical_runs_end_after_so_many_epochs(tmp_path):
+    lines = study.critical(study.command_line(["--batchsizes=16 1024", f"--runs_dir={tmp_path}"]))
+    caps = {word for line in lines for word in line if word.startswith("--max_steps")}
+    assert caps == {f"--max_steps={6 * 3125}", f"--max_steps={6 * 49}"}
+
+
+def test_it_says_what_the_parts_took(tmp_path):
+    own = study.command_line([f"--runs_dir={tmp_path}"])
+    words = [word for word in study.planned(own, "paper")[0].command[2:] if word != "--resume"]
+    record(tmp_path, words, "finished", seconds=5400.0, results={}, mode="sampling")
+    rows = {row["part"]: row for row in study.cost(own)}
+    assert rows["paper"] == {"part": "paper", "runs": 1, "ended": 1, "hours": "1.50"}
+    assert rows["noise"]["ended"] == 0 and rows["noise"]["hours"] == "0.00"
+    study.write_csv(tmp_path / "cost.csv", list(rows.values()))
+    with open(tmp_path / "cost.csv", newline="") as file:
+        assert list(csv.DictReader(file))[2] == {key: str(value) for key, value in rows["paper"].items()}
+
+
+def script(*argv, **environment):
+    command = ["bash", str(ROOT / "scripts" / "results.sh"), *argv]
+    env = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_script_runs_every_part_then_the_figures(tmp_path):
+    """With an interpreter that only notes how it was called."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in */study.py) exec {sys.executable} "$@";; esac\necho "$@" >> {tmp_path}/calls\n'
+    )
+    python.chmod(0o755)
+    done = script(f"--runs_dir={tmp_path / 'runs'}", f"--out={tmp_path}", PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    *sweeps, figures = (tmp_path / "calls").read_text().splitlines()
+    assert all(Path(line.split()[0]).name == "sweep.py" for line in sweeps)
+    assert len(sweeps) == 2 + 1 + 1 + 7 * 2 + 3
+    assert figures == f"{ROOT / 'figures.py'} {tmp_path / 'runs'} --out {tmp_path}"
+    assert (tmp_path / "cost.csv").is_file()
+
+
+def test_bad_input(tmp_path):
+    for argv, named in (
+        (["--parts=x"], "--parts: got 'x'"),
+        (["--batchsizes=0"], "batchsize"),
+        (["--sedes=1"], "seeds"),
+    ):
+        done = script(*argv, f"--runs_dir={tmp_path / 'runs'}", f"--out={tmp_path}")
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and named in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
