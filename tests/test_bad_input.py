@@ -49,6 +49,10 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--nu", "1.1"], "--nu", "'1.1'", "from 0 to 1"),
     (["--nu", "-0.1"], "--nu", "'-0.1'", "from 0 to 1"),
     (["--nu", "nan"], "--nu", "'nan'", "from 0 to 1"),
+    (["--injected_noise", "-1"], "--injected_noise", "'-1'", "at least 0"),
+    (["--injected_noise", "inf"], "--injected_noise", "'inf'", "finite"),
+    (["--injected-noise", "loud"], "--injected_noise", "'loud'", "number"),
+    (["--injected_noise", "0.5", "--compile"], "--injected_noise", "0.5", "0 with --compile"),
     (["--eps", "0"], "--eps", "'0'", "above 0"),
     (["--eps", "0.5", "-1"], "--eps", "'-1'", "above 0"),
     (["--eps", "0.5", "nan"], "--eps", "'nan'", "finite"),
@@ -230,7 +234,7 @@ OTHER_RESULTS = [  # what makes another result and cannot be added to a run late
        for flag, value in (("--lr", "0.1000001"), ("--lr", "1"), ("--beta1", "0.95"), ("--batchsize", "16"),
                            ("--seed", "1"), ("--precision", "bf16"), ("--compile", None), ("--deterministic", None),
                            ("--optimizer", "sgd"), ("--model", "ResNet20"), ("--dataset", "CIFAR10"),
-                           ("--optimizer", "qhm"))]),
+                           ("--optimizer", "qhm"), ("--injected_noise", "0.5"))]),
     ["normal", "--optimizer", "qhm", "--nu", "0.9"], ["normal", "--optimizer", "nshb"],
     ["normal", "--epochs", "10"], ["normal", "--max_steps", "10"], ["critical", "--min_epochs", "1"],
     ["sampling", "--steps", "5"], ["sampling", "--max_steps", "5"], ["sampling", "--full_grad_batchsize", "500"],
@@ -258,6 +262,7 @@ def test_default_names_do_not_collide():
         ["--mode", "critical", "--device", "cpu"],
         ["--mode", "critical", "--optimizer", "sgd", "--beta1", "0.5"],
         ["--mode", "critical", "--optimizer", "nshb", "--nu", "0.7"],
+        ["--mode", "critical", "--optimizer", "qhm", "--injected_noise", "0"],
     ],
 )
 def test_what_can_be_added_later_or_has_no_say_is_not_in_the_name(argv):
