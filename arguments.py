@@ -18,7 +18,12 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 # The optimizers of shb.py, each the class of that name in capitals, and the arguments of its class that have a flag.
 # They are listed here because torch takes seconds to load.
-OPTIMIZERS = {"sgd": {}, "shb": {"momentum": "beta1"}, "nshb": {"momentum": "beta1"}}
+OPTIMIZERS = {
+    "sgd": {},
+    "shb": {"momentum": "beta1"},
+    "nshb": {"momentum": "beta1"},
+    "qhm": {"momentum": "beta1", "nu": "nu"},
+}
 
 # What has no say in the result: where and how a run is made, and what is logged.
 ADMINISTRATION = {
@@ -53,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
 COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
 WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
+SHARE = number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+LENGTH = number(float, "a finite number of at least 0, at most 1e38", lambda v: 0 <= v <= 1e38)
 BETA = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
 SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v >= 0)
@@ -66,7 +73,10 @@ def _add_experiment(add: Callable) -> None:
     add("--epochs", type=COUNT, default=200, metavar="N", help="normal: passes over the training images")
     add("--lr", type=POSITIVE, default=0.1, metavar="ETA", help="learning rate")
     add("--batchsize", type=COUNT, default=8, metavar="B", help="images a step")
-    add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb and nshb")
+    add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb, nshb and qhm")
+    add("--nu", type=SHARE, default=0.5, help="qhm: weight of the momentum; 0 is sgd, 1 is nshb")
+    injected = "adds isotropic Gaussian noise u, E‖u‖² = R², to every search direction (not with --compile)"
+    add("--injected_noise", type=LENGTH, default=0.0, metavar="R", help=injected)
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
     add("--steps", type=WHOLE, nargs="+", default=[10_000], metavar="N", help="sampling: updates before a measurement")
@@ -120,6 +130,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 f"argument --{flag}: got {getattr(args, flag)}, allowed is at most the {images} training images "
                 f"of {args.dataset}"
             )
+    if args.compile and args.injected_noise:
+        reason = "with --compile, whose graph cannot draw anew at each step"
+        raise UserError(f"argument --injected_noise: got {args.injected_noise}, allowed is 0 {reason}")
     args.eps = sorted(set(args.eps), reverse=True)
     _check_sampling(args, images)
     args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
@@ -175,10 +188,11 @@ def _default_name(args: argparse.Namespace) -> str:
     Not so ε, and the cap of `critical`: more of them can be added to one and the same run.
     """
     relevant = result_arguments(args)
-    usual = ("mode", "dataset", "model", "optimizer", "batchsize", "lr", "beta1", "seed")
+    usual = ("mode", "dataset", "model", "optimizer", "batchsize", "lr", "beta1", "nu", "seed")
     added_later = ("eps", "max_steps") if args.mode == "critical" else ()
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
+    parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
     defaults = vars(build_parser().parse_args([]))
     defaults |= {"full_grad_batchsize": default_chunk(args), "steps": 10_000, "earlier_steps": []}
     for key, value in relevant.items():

@@ -17,6 +17,7 @@ import datasets
 from datasets import DATASETS, Spec
 
 SHUFFLING, MEASURING, DRAWING, PAIRING = 1, 2, 3, 4  # streams of random numbers: measuring never changes training
+INJECTING = 7
 BLOCK = 1024  # images augmented at once: at small batches the launches of a block serve many steps
 
 
@@ -62,6 +63,11 @@ class Data:
             rng = np.random.default_rng((self.seed, PAIRING, step, batchsize, i))
             order = rng.permutation(self.size)[:batchsize]
             yield tuple(next(self._batches(rng, order, batchsize)) for _ in range(2))
+
+    def generator(self, *key: int) -> torch.Generator:
+        """A new generator of torch's on the device, seeded from (seed, *key); on the CPU torch uses 32 bits of it."""
+        seed = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)[0]
+        return torch.Generator(self.device).manual_seed(int(seed))
 
     def test(self, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images in batches, never augmented."""

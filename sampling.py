@@ -21,7 +21,8 @@ from training import Training
 OF_TRAINING = ("noise_norm", "memory_noise_frozen", "staleness")  # say nothing of another batch size
 HEAD = ("steps", "batchnorm", "batch_size")
 BUDGET = (
-    *("draws", "full_gradient_norm", "noise_norm", "noise_square", "delta", "delta_se", "fresh", "memory"),
+    *("draws", "full_gradient_norm", "noise_norm", "noise_square", "delta", "delta_se"),
+    *("delta_renamed", "delta_renamed_se", "fresh", "memory", "injected"),
     *("memory_noise_frozen", "staleness", "variance", "variance_se", "c_squared", "c_squared_se", "batchnorm_bias"),
     *("noise_scale", "largest_gradient_norm"),
 )
@@ -115,7 +116,9 @@ def measure_step(run: Training, shadow: Shadow | None) -> tuple[dict, dict]:
             head, kept = {"steps": run.step, "batchnorm": batchnorm}, []
             for b in sizes(args):
                 keep = kept.append if args.shape and b == args.batchsize else None
-                known = measure_draws(run, batchnorm, full, b, keep, progress) if args.draws else one_draw(numbers)
+                known = (
+                    measure_draws(run, batchnorm, full, b, keep, progress) if args.draws else one_draw(args, numbers)
+                )
                 if b != args.batchsize:
                     known |= dict.fromkeys(OF_TRAINING)
                 row = {"batch_size": b} | {key: known.get(key) for key in BUDGET} | more
@@ -169,16 +172,28 @@ def measure_batch(run: Training, batchnorm: str, progress: Progress) -> tuple[di
     between = progress.chunks_of(args.full_grad_batchsize)
     with run.autocast():
         full = full_gradient(run.model, chunks, run.data.size, between, training=training)
-        numbers, omega = batch_noise(run.model, run.optimizer, run.next_batch(), full, training=training)
+        batch = run.next_batch()
+        numbers, omega = batch_noise(run.model, run.optimizer, batch, full, training=training, **of_run(run))
     last = run.step == planned_steps(args) and batchnorm == args.measure_batchnorm[0]
     if last and np.isfinite(numbers["noise_norm"]):
         run.record.save_omega(omega.numpy(), run.step)
     return numbers, full
 
 
-def one_draw(numbers: dict) -> dict:
+def of_run(run: Training) -> dict:
+    """What measure.noise must know of a run: its injected noise, and its other name (measure.md, section 7).
+
+    SHB at η is NSHB at η/(1 − β): one trajectory, to which the paper's definition gives two δ.
+    """
+    beta = run.args.beta1
+    renamed = {"shb": 1 / (1 - beta), "nshb": 1 - beta}.get(run.args.optimizer)
+    return {"injected": run.args.injected_noise, "generator": run.noise_generator, "renamed": renamed}
+
+
+def one_draw(args: Namespace, numbers: dict) -> dict:
     """What measurements.csv holds without --draws: of the training batch alone."""
-    return {"draws": 0} | {key: numbers[key] for key in ("full_gradient_norm", "noise_norm", "delta")}
+    known = ("full_gradient_norm", "noise_norm", "delta", "delta_renamed")
+    return {"draws": 0, "injected": args.injected_noise**2} | {key: numbers.get(key) for key in known}
 
 
 def measure_draws(
@@ -198,6 +213,7 @@ def measure_draws(
             training=training,
             between=between,
             keep=keep,
+            **of_run(run),
         )
 
 

@@ -1,4 +1,4 @@
-"""SGD, stochastic heavy ball (SHB) and normalized SHB: they differ in one line, the search direction.
+"""SGD, stochastic heavy ball (SHB), normalized SHB and quasi-hyperbolic momentum: one search direction each.
 
 With the mini-batch gradient g_t, learning rate η, momentum factor β and m_{−1} = 0 (paper, section 2)
 
@@ -7,8 +7,13 @@ With the mini-batch gradient g_t, learning rate η, momentum factor β and m_{�
     d_t = β m_{t−1} + (1 − β) g_t      NSHB
     x_{t+1} = x_t − η d_t,   m_t = d_t
 
+and with one more number ν, and m_t ≠ d_t (the paper's family; Ma and Yarats 2019)
+
+    d_t = (1 − ν) g_t + ν m_t,   m_t = β m_{t−1} + (1 − β) g_t      QHM
+
 SHB(lr=η) has the trajectory of torch.optim.SGD(lr=η, momentum=β), and NSHB(lr=η) that of
-torch.optim.SGD(lr=η(1−β), momentum=β). NSHB is not torch's `dampening=β`, whose buffer starts undamped.
+torch.optim.SGD(lr=η(1−β), momentum=β); with nesterov=True that is QHM(lr=η, nu=β). NSHB is not torch's
+`dampening=β`, whose buffer starts undamped.
 """
 
 import torch
@@ -38,6 +43,8 @@ class SGD(Optimizer):
             raise ValueError(f"lr must be finite and at least 0, got {group['lr']}")
         if not 0 <= group.get("momentum", 0) < 1:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+        if not 0 <= group.get("nu", 0) <= 1:
+            raise ValueError(f"nu must be in [0, 1], got {group['nu']}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -118,3 +125,18 @@ class NSHB(SHB):
         torch._foreach_mul_(m, beta)
         torch._foreach_add_(m, g, alpha=1 - beta)
         return m
+
+
+class QHM(NSHB):
+    """Quasi-hyperbolic momentum, d_t = (1 − ν) g_t + ν m_t with NSHB's m_t: ν = 0 is SGD, ν = 1 is NSHB.
+
+    nu: ν in [0, 1]; the other arguments as in SHB. ν = β is Nesterov's momentum, normalized. ValueError as in SHB.
+    """
+
+    def __init__(self, params, lr: float = 0.1, momentum: float = 0.9, nu: float = 0.5):
+        Optimizer.__init__(self, params, {"lr": lr, "momentum": momentum, "nu": nu})
+
+    @staticmethod
+    def _search_direction(m: list[Tensor], g: list[Tensor], group: dict) -> list[Tensor]:
+        m = NSHB._search_direction(m, g, group)
+        return torch._foreach_lerp(g, m, group["nu"])  # exactly g at ν = 0, and m at ν = 1

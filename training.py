@@ -13,8 +13,9 @@ from torch import Tensor
 import models
 import shb
 from arguments import ENDLESS, OPTIMIZERS
-from data import Data
+from data import INJECTING, Data
 from graphed import Graphed
+from measure.draws import isotropic
 from measure.gradients import gradient_norm, unchanged
 from models.recomputed import save_memory
 from record import Record
@@ -107,8 +108,21 @@ class Training:
         return torch.stack([loss.detach(), norm, (logits.argmax(1) == y).sum()])
 
     def update(self) -> None:
-        """x ← x − η d_t, with the gradients now held. What is to be added to d_t is added here."""
+        """x ← x − η (d_t + u_t), with the gradients now held; u_t is the noise of --injected_noise."""
         self.optimizer.step()
+        if self.args.injected_noise:
+            self.inject()
+
+    @torch.no_grad()
+    def inject(self) -> None:
+        """x ← x − η u_t, for what a step moves. Momentum never sees u_t."""
+        moved = [p for p in self.model.parameters() if p.grad is not None]
+        u = isotropic(moved, self.args.injected_noise, self.noise_generator())
+        torch._foreach_add_(moved, u, alpha=-self.args.lr)
+
+    def noise_generator(self, *draw: int) -> torch.Generator:
+        """That of u_t, at the present step, or of the u of a draw there, by its number from 1 on."""
+        return self.data.generator(INJECTING, self.step, *draw)
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes: bfloat16 where that is safe under --precision bf16, else untouched."""

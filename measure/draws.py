@@ -46,12 +46,8 @@ def augmentation(
             sizes += [len(first[1]), len(second[1])]
     if len(halves) < 2 or len(set(sizes)) > 1:
         raise ValueError(f"pairs must be two or more, of batches of one size, got sizes {sizes}")
-    variance, error = float(np.mean(halves)), standard_error(np.array(halves))
-    return {
-        "augmentation_variance": variance,
-        "augmentation_variance_se": error,
-        "c_squared_augmentation": sizes[0] * variance,
-    }
+    found = estimate("augmentation_variance", np.array(halves))
+    return found | {"c_squared_augmentation": sizes[0] * found["augmentation_variance"]}
 
 
 def dense_gradient(model: nn.Module, batch: Batch, params: list[Tensor], loss: Loss) -> list[Tensor]:
@@ -86,6 +82,11 @@ def squares(tensors: list[Tensor]) -> Tensor:
 def length(tensors: list[Tensor]) -> float:
     """The Euclidean norm over all tensors together."""
     return squares(tensors).sum().sqrt().item()
+
+
+def estimate(key: str, values: np.ndarray) -> dict[str, float]:
+    """The mean of independent values as `key`, and its standard error as `key`_se."""
+    return {key: float(values.mean()), f"{key}_se": standard_error(values)}
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -2,7 +2,8 @@
 
     d_t = w g_t + memory,   ω_t = w (g_t − ∇f) + μ_t,   μ_t = memory − (1 − w) ∇f
 
-w and the memory belong to the optimizer (measure/optimizers.py); every number is of the present x_t. Nothing here
+w and the memory belong to the optimizer (measure/optimizers.py); every number is of the present x_t. Where training
+adds noise u_t to d_t, ω_t includes it. Nothing here
 changes what it measures: weights, buffers, `.grad`, optimizer and random state stay as they were.
 """
 
@@ -14,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from measure.draws import dense_gradient, flat, length, squares, standard_error
+from measure.draws import dense_gradient, estimate, flat, isotropic, length, squares
 from measure.gradients import Batch, Loss, full_gradient, gradient, trained, unchanged
 from measure.optimizers import affine, direction, frozen_gain
+
+Generators = Callable[
+    ..., torch.Generator
+]  # () that of u_t, which training adds next, (i) that of the i-th draw, i ≥ 1
 
 
 def measure(
@@ -38,14 +43,23 @@ def batch_noise(
     full: list[Tensor],
     loss: Loss = F.cross_entropy,
     training: bool | None = True,
+    injected: float = 0.0,
+    generator: Generators | None = None,
+    renamed: float | None = None,
 ) -> tuple[dict[str, float], Tensor]:
     """Measure ω_t = d_t − ∇f(x_t), both at the present x_t, before the update that `batch` would make.
 
     batch: the next mini-batch. full: ∇f(x_t), loss and training: as in `full_gradient`. optimizer: as `direction`
     takes it. Parameters that `step` would not move, being frozen, unused, or not the optimizer's, are left out of
-    d_t and of ∇f. Returns the numbers (norms are Euclidean over all parameters; delta = lr · ‖ω‖, paper, section 3,
-    and with several parameter groups the norm of all lr_p ω_p; cosine: of the angle between d_t and ∇f) and ω
-    itself, flat, in the model's order, float32, on the CPU.
+    d_t and of ∇f. injected: R, where training adds to d_t isotropic Gaussian noise u_t, E‖u_t‖² = R², of `generator`
+    (measure.draws.isotropic over the parameters counted); ω_t then includes it, the other numbers do not. renamed:
+    η′/η, where the same trajectory is that of another algorithm at the learning rate η′, its d′ = (η/η′) d; then δ
+    under that name is measured too, η′‖d′ − ∇f‖ = η‖d − (η′/η)∇f‖ (measure.md, section 7).
+
+    Returns the numbers (norms are Euclidean over all parameters; delta = lr · ‖ω‖, paper, section 3, and with several
+    parameter groups the norm of all lr_p ω_p; cosine: of the angle between d_t and ∇f; injected_noise_norm and
+    delta_renamed where they are asked for) and ω itself, flat, in the model's order, float32, on the CPU. ValueError
+    for injected noise without a generator.
     """
     with unchanged(model, training):
         found = _moving(model, optimizer, batch, loss)
@@ -56,6 +70,9 @@ def batch_noise(
     full = flat(_of(params, model, full))
     lr = torch.cat([torch.full((p.numel(),), rates[p], dtype=torch.float64) for p in params])
     omega = d - full
+    if injected:
+        u = flat(_injected(params, injected, generator))
+        omega += u
     d_norm, full_norm, noise_norm = _norm(d), _norm(full), _norm(omega)
     dot = torch.dot(d.double(), full.double()).item()
     numbers = {
@@ -67,6 +84,10 @@ def batch_noise(
         "cosine": dot / (d_norm * full_norm) if d_norm * full_norm else float("nan"),
         "delta": _norm(lr * omega),
     }
+    if renamed is not None:
+        numbers["delta_renamed"] = _norm(lr * (omega + (1 - renamed) * full))
+    if injected:
+        numbers["injected_noise_norm"] = _norm(u)
     return numbers | {f"omega_{k}": v for k, v in statistics(omega.numpy()).items()}, omega
 
 
@@ -81,14 +102,18 @@ def budget(
     training: bool | None = True,
     between: Callable[[], None] = lambda: None,
     keep: Callable[[Tensor], None] | None = None,
+    injected: float = 0.0,
+    generator: Generators | None = None,
+    renamed: float | None = None,
 ) -> dict[str, float]:
     """What ω_t is made of, from M further mini-batches at the same x_t; docs/measuring.md defines every number.
 
-    batch, full, loss, training, and the parameters counted: as in `batch_noise`. draws: M ≥ 2 batches of b images,
-    each drawn as training draws one and independently of the others, as `draw` does. n: training images. between:
-    called before every draw; what it raises ends the measurement. keep: given each draw's gradient, flat, on the
-    CPU, for measure/shape.py. Memory: seven gradients, whatever M is. ValueError for an optimizer that `affine` or
-    `frozen_gain` refuses, for fewer than two draws, draws of several sizes or larger than n.
+    batch, full, loss, training, injected, generator, renamed, and the parameters counted: as in `batch_noise`. draws:
+    M ≥ 2 batches of b images, each drawn as training draws one and independently of the others, as `draw` does. n:
+    training images. between: called before every draw; what it raises ends the measurement. keep: given each draw's
+    gradient, flat, on the CPU, for measure/shape.py. Memory: seven gradients, nine with injected noise, whatever M is.
+    ValueError as in `batch_noise`, for an optimizer that `affine` or `frozen_gain` refuses, for fewer than two draws,
+    draws of several sizes or larger than n.
     """
     sizes, readings = [], []
     with unchanged(model, training):
@@ -98,12 +123,15 @@ def budget(
         weights, memory = affine(optimizer, params)
         lr, gains = _settings(optimizer, params)
         offset = torch._foreach_sub(memory, full)
+        u = _injected(params, injected, generator)
+        noise_norm = length(_omega(list(own.values()), weights, offset, u))
         mean = [torch.zeros_like(p) for p in params]
         for draw in draws:
             between()
             g = dense_gradient(model, draw, params, loss)
             sizes.append(len(draw[1]))
-            readings.append(_reading(g, mean, len(sizes), weights, offset))
+            u = _injected(params, injected, generator, len(sizes))
+            readings.append(_reading(g, mean, len(sizes), _omega(g, weights, offset, u), full, renamed))
             if keep:
                 keep(flat(g))
     if len(sizes) < 2 or len(set(sizes)) > 1 or sizes[0] > n:
@@ -112,8 +140,9 @@ def budget(
         "draws": len(sizes),
         "batch_size": sizes[0],
         "full_gradient_norm": length(full),
-        "noise_norm": length(_omega(list(own.values()), weights, offset)),
-        "memory": length(_omega(full, weights, offset)) ** 2,
+        "noise_norm": noise_norm,
+        "memory": length(_omega(full, weights, offset, [])) ** 2,
+        "injected": injected**2,
     }
     numbers |= _moments(torch.stack(readings).cpu().numpy(), np.array(weights), lr, gains)
     distance = length(torch._foreach_sub(mean, full))
@@ -121,16 +150,16 @@ def budget(
 
 
 def _moments(readings: np.ndarray, weights: np.ndarray, lr: np.ndarray, gains: np.ndarray) -> dict[str, float]:
-    """Over the draws. readings: (M, 3, P), a row as `_reading` gives it; the others: one entry a parameter."""
-    spread, noise, norms = readings.swapaxes(0, 1)
+    """Over the draws. readings: (M, 3 or 4, P), a row as `_reading` gives it; the others: one entry a parameter."""
+    spread, norms, noise, *renamed = readings.swapaxes(0, 1)
     spread = spread[1:]
-    variances, totals, deltas = spread.mean(0), spread.sum(1), np.sqrt(noise @ lr**2)
-    return {
+    variances, totals = spread.mean(0), spread.sum(1)
+    numbers = estimate("delta", np.sqrt(noise @ lr**2))
+    if renamed:
+        numbers |= estimate("delta_renamed", np.sqrt(renamed[0] @ lr**2))
+    return numbers | {
         "noise_square": float(noise.sum(1).mean()),
-        "delta": float(deltas.mean()),
-        "delta_se": standard_error(deltas),
-        "variance": float(totals.mean()),
-        "variance_se": standard_error(totals),
+        **estimate("variance", totals),
         "fresh": float(weights**2 @ variances),
         "memory_noise_frozen": float(gains @ variances),
         "largest_gradient_norm": float(np.sqrt(norms.sum(1).max())),
@@ -192,24 +221,37 @@ def _settings(optimizer: Optimizer, params: list[Tensor]) -> np.ndarray:
     """The learning rate and `frozen_gain` of each parameter; (2, P)."""
     settings = {}
     for group in optimizer.param_groups:
-        pair = (float(group["lr"]), frozen_gain(optimizer, group))
-        settings |= dict.fromkeys(group["params"], pair)
+        settings |= dict.fromkeys(group["params"], (float(group["lr"]), frozen_gain(optimizer, group)))
     return np.array([settings[p] for p in params]).T
 
 
-def _reading(g: list[Tensor], mean: list[Tensor], k: int, weights: list[float], offset: list[Tensor]) -> Tensor:
-    """Of the k-th draw, for each parameter: its part of V̂_b, of ‖ω‖², of ‖g‖²; (3, P). `mean` takes it in.
+def _injected(params: list[Tensor], norm: float, generator: Generators | None, *draw: int) -> list[Tensor]:
+    """The noise u that is added to d_t, of u_t's generator or of a draw's; without any, empty."""
+    if norm and generator is None:
+        raise ValueError(f"injected noise of norm {norm} needs a generator")
+    return isotropic(params, norm, generator(*draw)) if norm else []
 
-    The part of V̂_b is (k − 1)/k times the squared distance to the mean of the draws before: its expectation is V_b
-    for each k ≥ 2, and the mean over these is Σ‖g_i − ḡ‖²/(M − 1) [Welford 1962].
+
+def _reading(
+    g: list[Tensor], mean: list[Tensor], k: int, omega: list[Tensor], full: list[Tensor], renamed: float | None
+) -> Tensor:
+    """Of the k-th draw, for each parameter: its part of V̂_b, ‖g‖², ‖ω‖², if `renamed` ‖d − (η′/η)∇f‖²; (3 or 4, P).
+
+    `mean` takes g in; omega is overwritten. The part of V̂_b is (k − 1)/k times the squared distance to the mean of the
+    draws before: its expectation is V_b for each k ≥ 2, and the mean over these is Σ‖g_i − ḡ‖²/(M − 1) [Welford 1962].
     """
     step = torch._foreach_sub(g, mean)
     torch._foreach_add_(mean, step, alpha=1 / k)
-    return torch.stack([squares(step) * ((k - 1) / k), squares(_omega(g, weights, offset)), squares(g)])
+    parts = [squares(step) * ((k - 1) / k), squares(g), squares(omega)]
+    if renamed is not None:
+        torch._foreach_add_(omega, full, alpha=1 - renamed)
+        parts.append(squares(omega))
+    return torch.stack(parts)
 
 
-def _omega(g: list[Tensor], weights: list[float], offset: list[Tensor]) -> list[Tensor]:
-    return torch._foreach_add(torch._foreach_mul(g, weights), offset)
+def _omega(g: list[Tensor], weights: list[float], offset: list[Tensor], u: list[Tensor]) -> list[Tensor]:
+    omega = torch._foreach_add(torch._foreach_mul(g, weights), offset)
+    return torch._foreach_add(omega, u) if u else omega
 
 
 def _norm(vector: Tensor) -> float:

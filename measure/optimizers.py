@@ -54,8 +54,8 @@ def _of_torch_sgd(group: dict, p: Tensor, state: dict) -> Tensor:
 def affine(optimizer: Optimizer, params: list[Tensor]) -> tuple[list[float], list[Tensor]]:
     """w and the memory of d_t = w g_t + memory, for each of `params`; d_t is probed with gradients of 0, 1 and 2.
 
-    The memory is β m_{t−1} for SHB and NSHB, zero for SGD. ValueError if d_t is not of this form, with one w a
-    parameter (Adam's is not), and where `direction` raises it.
+    The memory is β m_{t−1} for SHB and NSHB, νβ m_{t−1} for QHM, zero for SGD. ValueError if d_t is not of this form,
+    with one w a parameter (Adam's is not), and where `direction` raises it.
     """
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     probes = []
@@ -77,17 +77,18 @@ def affine(optimizer: Optimizer, params: list[Tensor]) -> tuple[list[float], lis
 def frozen_gain(optimizer: Optimizer, group: dict) -> float:
     """The noise that the memory would hold, were x frozen, in units of V_b: Σ_{k≥1} h_k², where d_t = Σ h_k g_{t−k}.
 
-    w²β²/(1 − β²) for SHB and NSHB (measure.md, section 1, derived). h is read off a copy of the optimizer that has
-    one weight, by a gradient of 1 among zeros. ValueError unless h_{k+1} = β h_k: one buffer, a constant β.
+    w²β²/(1 − β²) for SHB and NSHB (measure.md, section 1, derived), ν²β²(1 − β)/(1 + β) for QHM, where h_k is
+    ν(1 − β)β^k. h is read off a copy of the optimizer that has one weight, by a gradient of 1 among zeros. ValueError
+    unless h_{k+1} = β h_k: one buffer, a constant β.
     """
     x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     copy = twin(optimizer, [group], [[x]])
     h = []
     for g in (0.0, 1.0, 0.0, 0.0, 0.0):  # torch.optim.SGD treats the first gradient apart: so it is a zero
-        before = x.item()
+        x.data.zero_()  # so that its move is not rounded
         x.grad = torch.full_like(x, g)
         copy.step()
-        h.append(before - x.item())
+        h.append(-x.item())
     first, second, third = h[2:]
     if first == second == third == 0:
         return 0.0

@@ -11,7 +11,8 @@ from report import measurements, tables, theory
 
 NAMES = {"c_squared": "c_squared_direct", "c_squared_se": "c_squared_direct_se"}  # beside the C² solved from b*
 KEY = ["optimizer", "run_batch_size", "batchnorm", "steps"]
-BUDGET = ["noise_square", *measurements.OF_DRAWS[1:6], *measurements.OF_TRAINING, "c_squared_direct"]
+BUDGET = ["noise_square", "delta", "delta_se", "delta_renamed", "fresh", "memory", "injected", "variance"]
+BUDGET += [*measurements.OF_TRAINING, "c_squared_direct"]
 BUDGET += ["c_squared_direct_se", "noise_scale", "batchnorm_bias", "full_gradient_norm", "accuracy"]
 EMPTY = ("budget", "direct", "c_squared", "delta_bound", "shape")
 

@@ -14,6 +14,7 @@ FRESH = {"color": "#56B4E9", "edgecolor": "k", "lw": 0.6, "label": "fresh: $w^2V
 FROZEN = {"color": "#E69F00", "edgecolor": "k", "lw": 0.6, "hatch": "//", "label": "memory: its noise, were x frozen"}
 STALE = {"color": "0.85", "edgecolor": "k", "lw": 0.6, "hatch": "xx", "label": "memory: staleness, the rest"}
 LESS = {"color": "#F7DDA8", "edgecolor": "k", "lw": 0.6, "hatch": "..", "label": "memory, less than its frozen noise"}
+INJECTED = {"color": "#CC79A7", "edgecolor": "k", "lw": 0.6, "hatch": "--", "label": "injected: $R^2$"}
 LINE = {"color": "#A00000", "lw": 2, "linestyle": "--", "label": "where memory would end, were x frozen"}
 ABOVE = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "zorder": 4}
 LEVEL = {"color": "0.3", "lw": 1, "linestyle": (0, (5, 2))}
@@ -67,9 +68,9 @@ def budget(table):
     for ax, _, rows in found:
         at = step_axis(ax, steps)
         if ax.get_subplotspec().rowspan.start % 2:
-            stack(ax, rows, at, 100 / (rows["fresh_mean"] + rows["memory_mean"]))
+            stack(ax, rows, at, 100 / tops(rows))
             ax.set_ylim(0, 100)
-            label_left(ax, "share of fresh + memory (%)")
+            label_left(ax, "share of the bar above (%)")
             continue
         stack(ax, rows, at, [1] * len(rows))
         mark_whole(ax, rows, at)
@@ -79,10 +80,16 @@ def budget(table):
     return fig
 
 
+def tops(rows):
+    """Return where the bars of E‖ω‖² end."""
+    return rows["fresh_mean"] + rows["memory_mean"] + rows["injected_mean"]
+
+
 def stack(ax, rows, at, scales):
     """Draw the parts as bars, each step's times its scale. A memory below its frozen noise is one bar."""
     for row, scale in zip(rows.to_dict("records"), scales, strict=True):
-        fresh, frozen, memory = (scale * row[f"{part}_mean"] for part in ("fresh", "memory_noise_frozen", "memory"))
+        parts = ("fresh", "memory_noise_frozen", "memory", "injected")
+        fresh, frozen, memory, injected = (scale * row[f"{part}_mean"] for part in parts)
         x = at[row["steps"]]
         ax.bar(x, fresh, WIDTH, **FRESH)
         if row["staleness_mean"] >= 0:
@@ -90,6 +97,8 @@ def stack(ax, rows, at, scales):
             ax.bar(x, memory - frozen, WIDTH, fresh + frozen, **STALE)
         else:
             ax.bar(x, memory, WIDTH, fresh, **LESS)
+        if injected > 0:
+            ax.bar(x, injected, WIDTH, fresh + memory, **INJECTED)
 
 
 def mark_whole(ax, rows, at):
@@ -98,8 +107,8 @@ def mark_whole(ax, rows, at):
     error = [whole - rows["noise_square_min"], rows["noise_square_max"] - whole]
     look = {"marker": "D", "ms": 5, "mfc": "white", "color": "k", "linestyle": "", "capsize": 3}
     ax.errorbar(x, whole, error, **look, label="E‖ω‖² measured, least and greatest seed")
-    tops = rows["noise_square_max"].clip(lower=rows["fresh_mean"] + rows["memory_mean"])
-    for middle, top, value in zip(x, tops, whole, strict=True):
+    heights = rows["noise_square_max"].clip(lower=tops(rows))
+    for middle, top, value in zip(x, heights, whole, strict=True):
         ax.annotate(f"{value:.3g}" if value < 1000 else f"{value:,.0f}", (middle, top), **ABOVE)
     below = rows[rows["staleness_mean"] < 0]
     for middle, end in zip(

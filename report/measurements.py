@@ -11,10 +11,11 @@ from report.records import HUGE
 LARGEST = 1 << 24  # bytes of a file
 # The columns used (docs/measuring.md), by where they must hold a number.
 ALWAYS = ("full_gradient_norm", "accuracy")
-OF_DRAWS = ("noise_square", "delta", "delta_se", "fresh", "memory", "variance", "batchnorm_bias")
+OF_DRAWS = ("noise_square", "delta", "delta_se", "fresh", "memory", "injected", "variance", "batchnorm_bias")
 OF_TRAINING = ("memory_noise_frozen", "staleness")  # left empty at a b that is not the run's own
-# C² is not defined for a batch of all images, its standard error not for two draws.
-NOWHERE = ("c_squared", "c_squared_se", "noise_scale")
+# C² is not defined for a batch of all images, its standard error not for two draws; only SHB and NSHB have two δ.
+NOWHERE = ("c_squared", "c_squared_se", "noise_scale", "delta_renamed")
+BEFORE = {"injected": "0", "delta_renamed": ""}  # what records hold from before there were these columns
 SHAPE = ("entries", "kurtosis", "pooled_kurtosis", "scales_kurtosis", "isotropy", "effective_rank")
 TESTED = ("rejected",)  # not known of fewer than 20 draws
 SIGNED = (
@@ -93,6 +94,7 @@ def table(path):
 
 def budget_rows(run, texts):
     """Return the rows of one run's measurements.csv. ValueError for whatever is wrong with them."""
+    texts = texts.assign(**{key: value for key, value in BEFORE.items() if key not in texts})
     draws = number(texts, "draws", True)
     batch_size = number(texts, "batch_size", True)
     own = batch_size == run["batch_size"]

@@ -72,6 +72,7 @@ MISSING = {
     "only the ω drawn are read whole": "beyond_6_std",
     "a batch of all images has no C², two draws no standard error": "c_squared_direct c_squared_direct_se noise_scale",
     "no ε has a b*, or no C² is measured": "solved_over_direct",
+    "only SHB and NSHB have a second name, and older records lack it": "delta_renamed",
     NO_BOUND: "c_squared_term k_term delta_bound bound_over_measured c_squared_greatest",
     FEW_DRAWS: "rejected",
 }

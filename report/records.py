@@ -47,8 +47,9 @@ def load(runs_dir):
     What is unfinished or damaged is left out, and printed: `left out: NAME: REASON`.
     Columns: name (the folder's, below runs_dir), folder (Path), mode, status, diverged (bool), steps, args (dict of
     all arguments), and of these dataset, model, optimizer, lr, batch_size, seed; batchnorm, the mode of sampling's
-    results; beta and nu, without a value where the optimizer takes none; curve, the optimizer with its ν: what
-    runs of one curve share. to_eps: {ε: first step or None}; first_check: the first step at which ε was looked at.
+    results; beta and nu, without a value where the optimizer takes none; curve, the optimizer with its ν and injected
+    noise: what runs of one curve share. to_eps: {ε: first step or None}; first_check: the first step at which ε was
+    looked at.
     Every number of the results has a column of its own, without a value where a run has none.
     `gradient_norms` and `omega` read the large files of one run.
     """
@@ -145,6 +146,8 @@ def momentum(args):
     if args.get("nu") is not None and (optimizer not in OPTIMIZERS or "nu" in known):
         nu = six_digits(take(args, "nu", (-HUGE, HUGE)))
         curve = f"{optimizer} nu {nu:g}"
+    if args.get("injected_noise"):
+        curve += f" + noise {take(args, 'injected_noise', (0, HUGE)):g}"
     return {"beta": beta, "nu": nu, "curve": curve}
 
 

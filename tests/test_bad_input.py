@@ -46,6 +46,13 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--beta1", "-0.1"], "--beta1", "'-0.1'", "from 0"),
     (["--beta1", "nan"], "--beta1", "'nan'", "from 0"),
     (["--beta1", "0,9"], "--beta1", "'0,9'", "from 0"),
+    (["--nu", "1.1"], "--nu", "'1.1'", "from 0 to 1"),
+    (["--nu", "-0.1"], "--nu", "'-0.1'", "from 0 to 1"),
+    (["--nu", "nan"], "--nu", "'nan'", "from 0 to 1"),
+    (["--injected_noise", "-1"], "--injected_noise", "'-1'", "at least 0"),
+    (["--injected_noise", "inf"], "--injected_noise", "'inf'", "finite"),
+    (["--injected-noise", "loud"], "--injected_noise", "'loud'", "number"),
+    (["--injected_noise", "0.5", "--compile"], "--injected_noise", "0.5", "0 with --compile"),
     (["--eps", "0"], "--eps", "'0'", "above 0"),
     (["--eps", "0.5", "-1"], "--eps", "'-1'", "above 0"),
     (["--eps", "0.5", "nan"], "--eps", "'nan'", "finite"),
@@ -91,7 +98,7 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--qqq"], "unrecognized arguments", "--qqq;", "--help lists what is allowed"),
     (["--dataset", "cifar100"], "--dataset", "'cifar100'", "did you mean CIFAR100?"),
     (["--model", "resnet_18"], "--model", "'resnet_18'", "did you mean ResNet18?"),
-    (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb; did you mean sgd?"),
+    (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb, qhm; did you mean sgd?"),
     (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
     (["digits"], "unrecognized arguments", "digits", "--help"),
     ([*SAMPLING, "--steps", "5", "0", "5"], "--steps", "5 0 5", "each value once"),
@@ -226,7 +233,9 @@ OTHER_RESULTS = [  # what makes another result and cannot be added to a run late
     *([[mode, flag, value] for mode in ("normal", "critical", "sampling")
        for flag, value in (("--lr", "0.1000001"), ("--lr", "1"), ("--beta1", "0.95"), ("--batchsize", "16"),
                            ("--seed", "1"), ("--precision", "bf16"), ("--compile", None), ("--deterministic", None),
-                           ("--optimizer", "sgd"), ("--model", "ResNet20"), ("--dataset", "CIFAR10"))]),
+                           ("--optimizer", "sgd"), ("--model", "ResNet20"), ("--dataset", "CIFAR10"),
+                           ("--optimizer", "qhm"), ("--injected_noise", "0.5"))]),
+    ["normal", "--optimizer", "qhm", "--nu", "0.9"], ["normal", "--optimizer", "nshb"],
     ["normal", "--epochs", "10"], ["normal", "--max_steps", "10"], ["critical", "--min_epochs", "1"],
     ["sampling", "--steps", "5"], ["sampling", "--max_steps", "5"], ["sampling", "--full_grad_batchsize", "500"],
     ["sampling", "--steps", "5", "10000"], ["sampling", "--steps", "6", "5", "10000"], ["sampling", "--draws", "4"],
@@ -252,6 +261,8 @@ def test_default_names_do_not_collide():
         ["--mode", "critical", "--epochs", "3"],  # of another mode
         ["--mode", "critical", "--device", "cpu"],
         ["--mode", "critical", "--optimizer", "sgd", "--beta1", "0.5"],
+        ["--mode", "critical", "--optimizer", "nshb", "--nu", "0.7"],
+        ["--mode", "critical", "--optimizer", "qhm", "--injected_noise", "0"],
     ],
 )
 def test_what_can_be_added_later_or_has_no_say_is_not_in_the_name(argv):

@@ -53,8 +53,9 @@ def slow_training(args, data, steps):
     """The textbook loop: loss, gradient norm (float64), hits of every step; the model at the end."""
     torch.manual_seed(args.seed)
     model = Tiny(data.spec.classes)
-    options = {"sgd": {}, "shb": {"momentum": args.beta1}, "nshb": {"momentum": args.beta1}}[args.optimizer]
-    lr = args.lr * (1 - args.beta1 if args.optimizer == "nshb" else 1)
+    beta = {"momentum": args.beta1}
+    options = {"sgd": {}, "shb": beta, "nshb": beta, "qhm": beta | {"nesterov": True}}[args.optimizer]
+    lr = args.lr * (1 - args.beta1 if args.optimizer in ("nshb", "qhm") else 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
     seen, epoch = [], 0
     while True:
@@ -74,7 +75,7 @@ def slow_training(args, data, steps):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("batchsize", [100, 479, 1437])
 def test_training_is_the_textbook_loop(optimizer, batchsize):
-    run = start("--optimizer", optimizer, "--batchsize", batchsize, "--lr", 0.05)
+    run = start("--optimizer", optimizer, "--batchsize", batchsize, "--lr", 0.05, "--nu", 0.9)  # ν = β: Nesterov's
     windows = list(committed(run.windows(33), run))
     seen, model = slow_training(run.args, run.data, 33)
     losses, norms, hits, sizes = np.array(seen).T
@@ -99,6 +100,19 @@ def test_nshb_at_lr_over_one_minus_beta_is_shb_at_lr():
         run = start("--optimizer", name, "--lr", lr, "--batchsize", 128)
         losses[name] = np.concatenate([w.losses for w in committed(run.windows(100), run)])
     np.testing.assert_allclose(losses["shb"], losses["nshb"], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "mode", [["normal", "--epochs", 2], ["critical", "--max_steps", 20], ["sampling", "--steps", 20]]
+)
+@pytest.mark.parametrize(("nu", "same"), [(0, "sgd"), (1, "nshb")])
+def test_qhm_ends_in_sgd_and_nshb_bit_for_bit_in_every_mode(tmp_path, mode, nu, same):
+    argv = ["--mode", *mode, "--batchsize", 150, "--lr", 0.05]
+    ends = [["--optimizer", "qhm", "--nu", nu, "--name", "q"], ["--optimizer", same, "--name", "s"]]
+    made = [run(tmp_path, *argv, *end) for end in ends]
+    assert [status for status, _ in made] == [0, 0]
+    ours, theirs = (torch.load(directory / "checkpoint.pt", weights_only=True)["model"] for _, directory in made)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize("eps", [["2.5"], ["2.2", "3.0", "2.5"]])
@@ -292,7 +306,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [0, 15])
 def test_sampling_measures_at_the_step_it_says(tmp_path, optimizer, steps):
-    argv = ("--mode", "sampling", "--optimizer", optimizer, "--batchsize", 128, "--steps", steps)
+    argv = ("--mode", "sampling", "--optimizer", optimizer, "--nu", 0.9, "--batchsize", 128, "--steps", steps)
     status, directory = run(tmp_path, *argv)
     results, omega = summary(directory)["results"], np.load(directory / "omega.npy", allow_pickle=False)
     # The twin: the textbook loop up to x_t, then one more batch without an update.

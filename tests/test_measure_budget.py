@@ -13,7 +13,7 @@ from measure import noise
 from measure.draws import augmentation, draw
 from measure.gradients import full_gradient
 from measure.optimizers import ExactMemory, affine, frozen_gain
-from shb import NSHB, SGD, SHB
+from shb import NSHB, QHM, SGD, SHB
 
 N, B = 6, 2
 TORCH = [{}, {"momentum": 0.6}, {"momentum": 0.6, "dampening": 0.3}, {"momentum": 0.6, "nesterov": True}]
@@ -57,12 +57,13 @@ def optimizers(model):
     yield SGD(params(), 0.05), 1, 0, 0
     yield SHB(params(), 0.05, momentum=0.6), 1, 0.6, 0.36 / 0.64
     yield NSHB(params(), 0.05, momentum=0.6), 0.4, 0.6, 0.16 * 0.36 / 0.64
+    yield QHM(params(), 0.05, momentum=0.6, nu=0.7), 1 - 0.42, 0.42, (0.42 * 0.4) ** 2 / 0.64
     rules = [(1, 0, 0), (1, 0.6, 0.36 / 0.64), (0.7, 0.6, 0.49 * 0.36 / 0.64), (1.6, 0.36, 0.36**2 / 0.64)]
     for options, rule in zip(TORCH, rules, strict=True):
         yield torch.optim.SGD(params(), lr=0.05, **options), *rule
 
 
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(8))
 def test_the_budget_over_all_pairs_of_draws_is_the_truth_of_all_batches(case):
     """M = 2 draws, all 225 pairs of batches: the mean of an unbiased estimate is the quantity itself, to rounding."""
     model, x, y = regression()
@@ -238,7 +239,7 @@ def test_an_optimizer_of_the_user_s_takes_part_by_its_direction():
     assert row["memory_noise_frozen"] == pytest.approx((nu * beta) ** 2 * (1 - beta) / (1 + beta) * row["variance"])
 
 
-@pytest.mark.parametrize("cls", [SGD, SHB, NSHB, Quasi])
+@pytest.mark.parametrize("cls", [SGD, SHB, NSHB, QHM, Quasi])
 def test_frozen_memory_noise_is_what_a_million_steps_of_pure_noise_leave(cls):
     """x frozen, gradients N(0, 1): the variance of the memory of d is frozen_gain."""
     optimizer = cls([torch.zeros(4000, requires_grad=True)], lr=0.0, **({} if cls is SGD else {"momentum": 0.8}))
@@ -250,6 +251,16 @@ def test_frozen_memory_noise_is_what_a_million_steps_of_pure_noise_leave(cls):
     _, (memory,) = affine(optimizer, [p])
     gain = frozen_gain(optimizer, optimizer.param_groups[0])
     assert memory.square().mean().item() == pytest.approx(gain, rel=4 * (2 / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize("nu", [0.0, 1e-15, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.99])
+def test_qhm_s_frozen_gain_is_its_sum_over_past_steps(nu, beta):
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = QHM([x], lr=0.1, momentum=beta, nu=nu)
+    h = [nu * (1 - beta) * beta**k for k in range(1, 5000)]
+    gain = frozen_gain(optimizer, optimizer.param_groups[0])
+    assert gain == pytest.approx(sum(v**2 for v in h), rel=1e-9, abs=1e-40)
 
 
 class Preconditioned(SGD):
@@ -437,7 +448,7 @@ def test_the_bias_of_batchnorm_is_found():
     assert np.mean([row["noise_square"] for row in rows]) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("make", [SHB, NSHB, Quasi, torch.optim.SGD])
+@pytest.mark.parametrize("make", [SHB, NSHB, QHM, Quasi, torch.optim.SGD])
 def test_exact_memory_splits_as_sums_over_the_past_do(make):
     model, x, y = regression(6)
     batches = every_batch(x, y)
@@ -452,8 +463,8 @@ def test_exact_memory_splits_as_sums_over_the_past_do(make):
         optimizer.zero_grad()
         squared_error(model(batch[0]), batch[1]).backward()
         optimizer.step()
-    first = {SHB: 0.6, NSHB: 0.4 * 0.6, Quasi: 0.7 * 0.4 * 0.6, torch.optim.SGD: 0.36}[make]
-    w = {SHB: 1, NSHB: 0.4, Quasi: 1 - 0.7 * 0.6, torch.optim.SGD: 1.6}[make]
+    first = {SHB: 0.6, NSHB: 0.4 * 0.6, QHM: 0.5 * 0.4 * 0.6, Quasi: 0.7 * 0.4 * 0.6, torch.optim.SGD: 0.36}[make]
+    w = {SHB: 1, NSHB: 0.4, QHM: 1 - 0.5 * 0.6, Quasi: 1 - 0.7 * 0.6, torch.optim.SGD: 1.6}[make]
     weights = first * 0.6 ** np.arange(7)
     nabla = flat_gradient(model, x, y)
     noise_part = sum(h * (g - f) for h, (g, f) in zip(weights, past[::-1], strict=True))

@@ -11,9 +11,9 @@ from torch import nn
 import models
 from measure import noise
 from measure.gradients import full_gradient
-from shb import NSHB, SGD, SHB
+from shb import NSHB, QHM, SGD, SHB
 
-OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB}
+OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB, "qhm": QHM}
 
 
 def plain_net(seed, classes=10):
@@ -59,11 +59,11 @@ def test_omega_is_the_direction_minus_the_full_gradient_at_the_same_point(name, 
         x, y = next(data.epoch(step, 8))
         twin = copy.deepcopy(model).double()
         g = torch.autograd.grad(F.cross_entropy(twin(x.double()), y), list(twin.parameters()))
-        weight = 1 - beta if name == "nshb" else 1
-        d = [gi if name == "sgd" else beta * mi + weight * gi for mi, gi in zip(m, g, strict=True)]
+        weight = 1 - beta if name in ("nshb", "qhm") else 1
+        m = [gi if name == "sgd" else beta * mi + weight * gi for mi, gi in zip(m, g, strict=True)]
+        d = [(gi + mi) / 2 for gi, mi in zip(g, m, strict=True)] if name == "qhm" else m  # ν = 1/2
         if step == 3:
             break
-        m = d
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -370,6 +370,28 @@ def test_the_stack_is_the_budget_and_a_negative_staleness_is_no_bar(tmp_path):
     assert [text.get_text() for text in ax.texts] == [f"{row['noise_square']:.3g}" for row in rows]
 
 
+def test_injected_noise_tops_the_stack_and_is_a_curve_of_its_own(tmp_path):
+    for norm in (0.0, 1.5):
+        folder, rows = run(tmp_path, "sgd", drawn_b=(64,), injected_noise=norm)
+        parts = {"fresh": 3.0, "memory": 1.0, "memory_noise_frozen": 0.5, "staleness": 0.5, "noise_square": 3.0}
+        rows = [row | parts | {"injected": norm**2, "delta_renamed": 0.25} for row in rows]
+        write(folder / "measurements.csv", rows)
+    budget = measured(tmp_path)[1]["budget"]
+    assert list(budget["optimizer"].unique()) == ["sgd", "sgd + noise 1.5"]
+    assert set(budget["injected_mean"]) == {0, 2.25} and set(budget["delta_renamed_mean"]) == {0.25}
+    plain, noisy, plain_shares, shares = budget_plots.budget(budget).axes
+    assert bars(plain, budget_plots.INJECTED["label"]) == bars(plain_shares, budget_plots.INJECTED["label"]) == {}
+    assert bars(noisy, budget_plots.INJECTED["label"]) == {x: (4, 2.25) for x in range(3)}
+    assert bars(shares, budget_plots.INJECTED["label"])[0] == (pytest.approx(64), pytest.approx(36))
+    assert [text.xy[1] for text in noisy.texts] == [6.25] * 3
+
+
+def test_records_from_before_there_was_injected_noise_had_none(tmp_path):
+    run(tmp_path)
+    budget = measured(tmp_path)[1]["budget"]
+    assert set(budget["injected_mean"]) == {0} and budget["delta_renamed_mean"].isna().all()
+
+
 def test_there_is_a_panel_for_each_optimizer_and_mode(tmp_path):
     for optimizer in ("sgd", "shb"):
         run(tmp_path, optimizer, modes=("train", "eval"))

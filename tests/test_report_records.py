@@ -129,6 +129,15 @@ def test_what_an_optimizer_takes_is_read_where_it_is_registered(tmp_path, monkey
     assert lion["curve"] == "lion" and np.isnan(lion["beta"]) and np.isnan(lion["nu"])
 
 
+def test_runs_with_injected_noise_are_curves_of_their_own(tmp_path):
+    for optimizer, norm in (("sgd", 0.0), ("sgd", 0.5), ("sgd", 0.25), ("qhm", 0.5)):
+        normal(tmp_path, optimizer, 8, 0, 50.0, nu=0.7, injected_noise=norm)
+    normal(tmp_path, "shb", 8, 0, 50.0, injected_noise="loud")
+    runs, left_out = read(tmp_path)
+    assert {r["curve"] for r in runs} == {"sgd", "sgd + noise 0.5", "sgd + noise 0.25", "qhm nu 0.7 + noise 0.5"}
+    assert list(left_out.values()) == ["injected_noise is 'loud', allowed is (0, 1e+300)"]
+
+
 @pytest.mark.parametrize(("min_epochs", "first"), [(0, 1), (1, 40), (11, 440)])
 def test_the_steps_of_an_epoch_of_an_unknown_data_set_follow_from_the_run(tmp_path, min_epochs, first):
     """100 steps are 2.5 epochs, so an epoch is of 40."""

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from shb import NSHB, SGD, SHB
+from shb import NSHB, QHM, SGD, SHB
 
-OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB}
+OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB, "qhm": QHM}
 
 SHAPES = [(3,), (4, 5), (2, 3, 3, 3), ()]
 
@@ -21,28 +21,30 @@ def gradients(x, t):
     return [torch.sin(p.detach()) + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for p in x]
 
 
-def slow_direction(name, m, g, beta):
-    """The formula of the paper's table, one tensor at a time."""
-    return {"sgd": g, "shb": beta * m + g, "nshb": beta * m + (1 - beta) * g}[name]
+def slow_step(name, m, g, beta, nu=0.5):
+    """(m_t, d_t) by the formula of the paper's table, one tensor at a time."""
+    m = {"sgd": 0 * m, "shb": beta * m + g}.get(name, beta * m + (1 - beta) * g)
+    return m, {"sgd": g, "qhm": (1 - nu) * g + nu * m}.get(name, m)
 
 
-def make(name, x, lr=0.03, beta=0.9):
-    return OPTIMIZERS[name](x, lr=lr, **({} if name == "sgd" else {"momentum": beta}))
+def make(name, x, lr=0.03, beta=0.9, nu=None):
+    options = {} if name == "sgd" else {"momentum": beta}
+    return OPTIMIZERS[name](x, lr=lr, **options, **({} if nu is None else {"nu": nu}))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_follows_the_formula_for_1000_steps(name, beta, seed):
+@pytest.mark.parametrize(("name", "nu"), [(name, None) for name in OPTIMIZERS] + [("qhm", v) for v in (0.0, 0.7, 1.0)])
+def test_follows_the_formula_for_1000_steps(name, nu, beta, seed):
     x, twin = params(seed), [p.detach().clone() for p in params(seed)]
     m = [torch.zeros_like(p) for p in twin]
-    optimizer = make(name, x, beta=beta)
+    optimizer = make(name, x, beta=beta, nu=nu)
     for t in range(1000):
         for p, g in zip(x, gradients(x, t), strict=True):
             p.grad = g
         for i, g in enumerate(gradients(twin, t)):
-            m[i] = slow_direction(name, m[i], g, beta)
-            twin[i] = twin[i] - 0.03 * m[i]
+            m[i], d = slow_step(name, m[i], g, beta, 0.5 if nu is None else nu)
+            twin[i] = twin[i] - 0.03 * d
         optimizer.step()
     for p, q in zip(x, twin, strict=True):
         torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-11)
@@ -51,11 +53,12 @@ def test_follows_the_formula_for_1000_steps(name, beta, seed):
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_torch_sgd_for_1000_steps(name, beta):
+    """QHM with ν = β is Nesterov's momentum, normalized."""
     lr = 0.05
     x, twin = params(3), params(3)
-    optimizer = make(name, x, lr, beta)
-    torch_lr, torch_beta = {"sgd": (lr, 0), "shb": (lr, beta), "nshb": (lr * (1 - beta), beta)}[name]
-    reference = torch.optim.SGD(twin, lr=torch_lr, momentum=torch_beta)
+    optimizer = make(name, x, lr, beta, nu=beta if name == "qhm" else None)
+    torch_lr, torch_beta = {"sgd": (lr, 0), "shb": (lr, beta)}.get(name, (lr * (1 - beta), beta))
+    reference = torch.optim.SGD(twin, lr=torch_lr, momentum=torch_beta, nesterov=name == "qhm")
     for t in range(1000):
         for a in (x, twin):
             for p, g in zip(a, gradients(a, t), strict=True):
@@ -64,6 +67,17 @@ def test_equals_torch_sgd_for_1000_steps(name, beta):
         reference.step()
     for p, q in zip(x, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("nu", "same"), [(0.0, "sgd"), (1.0, "nshb")])
+def test_qhm_ends_in_sgd_and_nshb_bit_for_bit(nu, same):
+    x, twin = params(6, dtype=torch.float32), params(6, dtype=torch.float32)
+    for y, optimizer in ((x, make("qhm", x, nu=nu)), (twin, make(same, twin))):
+        for t in range(50):
+            for p, g in zip(y, gradients(y, t), strict=True):
+                p.grad = g
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(x, twin, strict=True))
 
 
 def test_nshb_is_not_torch_dampening():
@@ -85,7 +99,7 @@ def test_groups_missing_gradients_and_an_empty_group(name):
     grads = gradients(x, 0)
     x[0].grad, x[2].grad, x[3].grad = grads[0], grads[2], grads[3]  # x[1] has none
     optimizer.step()
-    weight = 0.1 if name == "nshb" else 1.0
+    weight = {"nshb": 0.1, "qhm": 1 - 0.5 * 0.9}.get(name, 1.0)
     for i, lr in ((0, 0.01), (2, 0.2), (3, 0.2)):
         torch.testing.assert_close(x[i].detach(), before[i] - lr * weight * grads[i])
     assert torch.equal(x[1], before[1]) and x[1] not in optimizer.state
@@ -153,14 +167,15 @@ def test_state_dict_in_mid_run_goes_on_bit_for_bit(name, tmp_path):
     train(x, optimizer, range(20, 40))
     saved = torch.load(tmp_path / "s.pt", weights_only=True)
     y = [torch.nn.Parameter(p) for p in saved["x"]]
-    resumed = make(name, y, lr=1.0, beta=0.1)  # the state_dict brings lr and momentum too
+    nu = {"nu": 0.9} if name == "qhm" else {}
+    resumed = make(name, y, lr=1.0, beta=0.1, **nu)  # the state_dict brings lr, momentum and ν too
     resumed.load_state_dict(saved["o"])
     train(y, resumed, range(20, 40))
     assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("cls", [SGD, SHB, NSHB])
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_refuses_a_bad_lr(cls, value):
     with pytest.raises(ValueError, match="lr"):
         cls(params(0), lr=value)
@@ -169,10 +184,16 @@ def test_refuses_a_bad_lr(cls, value):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan")])
-@pytest.mark.parametrize("cls", [SHB, NSHB])
+@pytest.mark.parametrize("cls", [SHB, NSHB, QHM])
 def test_refuses_a_bad_momentum(cls, value):
     with pytest.raises(ValueError, match="momentum"):
         cls(params(0), momentum=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_refuses_a_bad_nu(value):
+    with pytest.raises(ValueError, match="nu must be in"):
+        QHM(params(0), nu=value)
 
 
 def test_lr_zero_is_allowed_and_moves_nothing():
