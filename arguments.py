@@ -32,9 +32,8 @@ ADMINISTRATION = {
 }
 ONE_MODE_ONLY = {
     "epochs": "normal",
-    "eps": "critical",
-    "min_epochs": "critical",
-    **dict.fromkeys(("steps", "earlier_steps", "full_grad_batchsize", "draws", "draw_batchsizes"), "sampling"),
+    **dict.fromkeys(("eps", "min_epochs", "full_grad_every"), "critical"),
+    **dict.fromkeys(("steps", "earlier_steps", "draws", "draw_batchsizes"), "sampling"),
     **dict.fromkeys(("measure_batchnorm", "shape", "exact_memory"), "sampling"),
 }
 
@@ -79,8 +78,10 @@ def _add_experiment(add: Callable) -> None:
     add("--injected_noise", type=LENGTH, default=0.0, metavar="R", help=injected)
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
+    every = "critical: stop by ‖∇f‖ too, a full pass every E epochs; E = 1 doubles the cost"
+    add("--full_grad_every", type=POSITIVE, metavar="E", help=every)
     add("--steps", type=WHOLE, nargs="+", default=[10_000], metavar="N", help="sampling: updates before a measurement")
-    chunk = f"sampling: chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
+    chunk = f"chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
     add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
     add("--draws", type=WHOLE, default=0, metavar="M", help="sampling: further mini-batches, for the budget of ω")
     sizes = "sampling: batch sizes to draw beside that of training, for C²"
@@ -125,7 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     images = DATASETS[args.dataset].train_images
     args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
     for flag in ("batchsize", "full_grad_batchsize"):
-        if getattr(args, flag) > images and (flag == "batchsize" or args.mode == "sampling"):
+        if getattr(args, flag) > images and (flag == "batchsize" or _full_gradients(args)):
             raise UserError(
                 f"argument --{flag}: got {getattr(args, flag)}, allowed is at most the {images} training images "
                 f"of {args.dataset}"
@@ -169,6 +170,11 @@ def _words(values: list) -> str:
     return " ".join(map(str, values))
 
 
+def _full_gradients(args: argparse.Namespace) -> bool:
+    """Whether the run `args` measures full gradients."""
+    return args.mode == "sampling" or (args.mode == "critical" and args.full_grad_every is not None)
+
+
 def default_chunk(args: argparse.Namespace) -> int:
     """Images in a chunk of the full gradient where none is given: as the paper's, or all of a smaller data set."""
     return min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images)
@@ -198,6 +204,7 @@ def _default_name(args: argparse.Namespace) -> str:
     for key, value in relevant.items():
         if key not in (*usual, *added_later) and value != defaults[key]:
             text = "+".join(map(str, value)) if isinstance(value, list) else value
+            text = _short(value) if isinstance(value, float) else text
             parts.append(key if value is True else f"{key}{text}")
     return "-".join([*parts, f"seed{args.seed}"])
 
@@ -210,6 +217,8 @@ def _short(value: float) -> str:
 def result_arguments(args: argparse.Namespace) -> dict:
     """The arguments that have a say in what the run `args` computes: none of other modes, no β for SGD."""
     left_out = {key for key, mode in ONE_MODE_ONLY.items() if mode != args.mode} | ADMINISTRATION
+    if not _full_gradients(args):
+        left_out.add("full_grad_batchsize")
     for flags in OPTIMIZERS.values():
         left_out |= set(flags.values()) - set(OPTIMIZERS[args.optimizer].values())
     return {key: value for key, value in vars(args).items() if key not in left_out}

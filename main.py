@@ -51,25 +51,44 @@ def normal(run: "Training") -> dict:
 def critical(run: "Training") -> dict:
     """Train until the running mean of ‖g_t‖ over all steps so far has been at most every ε.
 
-    The device is read only now and then, so the loop runs a little past that step, but the record ends with it.
+    With --full_grad_every, until a measured ‖∇f(x_t)‖ has been so too. The device is read only now and then, so the
+    loop runs a little past that step, but the record ends with it.
     """
+    from full_gradients import FullGradients
+
     args, first_check = run.args, max(1, run.args.min_epochs * run.steps_per_epoch)
     reached = run.results["steps_to_eps"] = reached_before(run, first_check)
-    last = planned_steps(args) if None in reached.values() else run.step
-    for window in run.windows(last):
+    full = FullGradients(run) if args.full_grad_every else None
+    rules = [reached, full.reached] if full else [reached]
+    if full and run.step == 0:
+        full.measure()
+        run.record.show({"steps": 0} | full.keep())
+    last = planned_steps(args) if end_of(rules) is None else run.step
+    for window in run.windows(last, read_at=full.at if full else ()):
         means = run.total.running_norms(window) / window.steps
         for eps in args.eps:
             if reached[repr(eps)] is None:
                 reached[repr(eps)] = first_crossing(means, int(window.steps[0]), eps, first_check)
-        if None not in reached.values():
+        end = end_of(rules)
+        if full and run.step in full.at and not run.outcome and (end is None or run.step <= end):
+            full.measure()
+            end = end_of(rules)
+        if end is not None:
             run.stop("finished")
-            window = window.until(max(reached.values()))
+            window = window.until(end)
         run.commit(window)
         run.record.append_norms(window.norms)
-        run.log_window(window)
+        run.log_window(window, full.keep() if full else {})
     sfo = {eps: None if steps is None else steps * args.batchsize for eps, steps in reached.items()}
     bounds = [eps for eps, steps in reached.items() if steps == first_check > 1]
-    return {"steps_to_eps": reached, "sfo": sfo, "at_first_check": bounds}
+    results = {"steps_to_eps": reached, "sfo": sfo, "at_first_check": bounds}
+    return results | full.results() if full else results
+
+
+def end_of(rules: list[dict[str, int | None]]) -> int | None:
+    """The step at which every ε has been reached by every rule; None if one has not."""
+    steps = [step for reached in rules for step in reached.values()]
+    return None if None in steps else max(steps)
 
 
 def reached_before(run: "Training", first_check: int) -> dict[str, int | None]:
@@ -154,7 +173,7 @@ def experiment(run: "Training") -> int:
     results["max_gradient_norm"] = run.total.max_norm if steps else None
     if run.diverged_at:
         results["diverged_at_step"] = run.diverged_at
-    missed = None in results.get("steps_to_eps", {}).values()
+    missed = any(None in results.get(rule, {}).values() for rule in ("steps_to_eps", "steps_to_eps_full"))
     status = run.outcome or ("not_reached" if missed else "finished")
     run.record.finish(status, steps, steps / run.steps_per_epoch, results)
     print_results(f"{status} after {steps} steps: {run.record.directory}", results)
@@ -176,6 +195,8 @@ def print_results(heading: str, results: dict) -> None:
             print(f"  {key}: {_short(value)}")
     if results.get("at_first_check"):
         print("  (at_first_check: reached when first looked at, perhaps before; these steps are upper bounds)")
+    if "full_gradient_every" in results:
+        print(f"  (_full: the first measured step, one in {results['full_gradient_every']}; it is an upper bound)")
     sys.stdout.flush()
 
 

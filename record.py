@@ -23,8 +23,8 @@ from utils import environment
 class Record:
     """One run's directory, owned by this process from `claim` on; its wandb run and its progress bar.
 
-    metrics, norms, measurements, shape: the files that grow, each of one kind of row; a checkpoint says how far it
-    counts on them.
+    metrics, norms, full_gradients, measurements, shape: the files that grow, each of one kind of row; a checkpoint
+    says how far it counts on them.
     """
 
     def __init__(self, args: Namespace):
@@ -32,9 +32,10 @@ class Record:
         self.owner = Owner(self.directory)
         self.metrics = Rows(self.directory / "metrics.csv")
         self.norms = Norms(self.directory / "gradient_norms.f32")
+        self.full_gradients = Rows(self.directory / "full_gradients.csv")
         self.measurements = Rows(self.directory / "measurements.csv")
         self.shape = Rows(self.directory / "shape.csv")
-        self.growing = (self.metrics, self.norms, self.measurements, self.shape)
+        self.growing = (self.metrics, self.norms, self.full_gradients, self.measurements, self.shape)
         self.seconds, self._started = 0.0, time.monotonic()
         self.data_checksum, self._omega_checksum = None, None
 
@@ -126,6 +127,11 @@ class Record:
         self.owner.check_still()
         self.norms.append_norms(norms)
 
+    def append_full_gradient(self, norm: float, step: int) -> None:
+        """Add ‖∇f(x_t)‖ as measured after `step` updates."""
+        self.owner.check_still()
+        self.full_gradients.append_row({"steps": step, "full_gradient_norm": norm})
+
     def save_omega(self, omega: np.ndarray, step: int) -> None:
         """Keep ω of step `step`, flat float32, and show its histogram in wandb."""
         self.owner.check_still()
@@ -202,15 +208,18 @@ class Record:
                 file.cut(0)
             return None
         unfit = self._unfit(content)
-        if self.norms.path.name in unfit:
+        if {self.norms.path.name, self.full_gradients.path.name} & set(unfit):
             self._refuse_new_eps(content)
         for file in self.growing:
-            size = content["files"][file.path.name][0]
+            size = _counted_on(content, file)[0]
             if file.path.name in unfit:
                 _give_up(file, size)
             else:
                 file.cut(size)
-        if np.isnan(self.norms.norms()).any():
+        measured = "steps_to_eps_full" in content["results"] and content["step"] > 0
+        first = [row["steps"] for row in self.full_gradients.rows()[:1]]
+        lost = measured and first != ["0"]  # as it is unless the file was given up once
+        if lost or np.isnan(self.norms.norms()).any():
             self._refuse_new_eps(content)
         self.seconds = content["seconds"]
         self.args.eps = sorted({*self.args.eps, *content["args"]["eps"]}, reverse=True)
@@ -218,7 +227,7 @@ class Record:
 
     def _unfit(self, content: dict) -> list[str]:
         """The files that grow and do not hold what a checkpoint counts on."""
-        return [f.path.name for f in self.growing if not f.begins_with(*content["files"][f.path.name])]
+        return [file.path.name for file in self.growing if not file.begins_with(*_counted_on(content, file))]
 
     def _refuse_new_eps(self, content: dict) -> None:
         new = sorted(set(self.args.eps) - set(content["args"]["eps"]))
@@ -235,6 +244,11 @@ class Record:
         if before != now:
             reason = f"was begun with other data than lies in --data_dir {self.args.data_dir} now"
             state.refuse(f"{reason} (checksum {before}, now {now}); give the same", self.args)
+
+
+def _counted_on(content: dict, file: Growing) -> tuple[int, int]:
+    """The size and checksum that a checkpoint says of a file; it counts on nothing of one that came later."""
+    return tuple(content["files"].get(file.path.name, (0, 0)))
 
 
 def _give_up(file: Growing, size: int) -> None:

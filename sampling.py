@@ -1,13 +1,11 @@
 """What `--mode sampling` measures at one step: rows of measurements.csv and shape.csv (docs/measuring.md)."""
 
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from arguments import OPTIMIZERS, planned_steps
 from measure.draws import augmentation, flat
@@ -15,6 +13,7 @@ from measure.gradients import full_gradient, trained
 from measure.noise import batch_noise, budget
 from measure.optimizers import ExactMemory, affine
 from measure.shape import shape
+from progress import Progress
 from training import Training
 
 # The columns of measurements.csv between batch_size and accuracy; without --draws, only those of one draw are known.
@@ -32,38 +31,6 @@ def measured_steps(args: Namespace) -> set[int]:
     """The steps to measure at: those of --steps that the run reaches, and its last."""
     last = planned_steps(args)
     return {step for step in args.earlier_steps if step < last} | {last}
-
-
-class Progress:
-    """How far a measurement has come, in images: a bar on a terminal. Answers signals between chunks.
-
-    When the first chunk has been timed, it says how long the whole will take, if that is more than a minute.
-    """
-
-    def __init__(self, run: Training, images: int):
-        self.run, self.images, self.done, self.told = run, images, 0, False
-        self.started, silent = time.monotonic(), run.record.bar.disable
-        self.bar = tqdm(total=images, desc=f"step {run.step}", unit="image", leave=False, disable=silent)
-
-    def chunks_of(self, size: int) -> Callable[[], None]:
-        """What to call before every chunk of `size` images."""
-
-        def between() -> None:
-            self.run.check_signals()
-            if self.done and not self.told:
-                self.tell()
-            self.done += size
-            self.bar.update(size)
-
-        return between
-
-    def tell(self) -> None:
-        """Say how long it will take."""
-        self.told = True
-        minutes = (time.monotonic() - self.started) / self.done * self.images / 60
-        if minutes > 1:
-            with tqdm.external_write_mode():
-                print(f"measuring at step {self.run.step}: {self.images:,} images, {minutes:.0f} minutes", flush=True)
 
 
 class Shadow:

@@ -2,7 +2,7 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -57,7 +57,7 @@ class Training:
 
     # --- the loop ---
 
-    def windows(self, last: int, read_at: set[int] = frozenset()) -> Iterator[Window]:
+    def windows(self, last: int, read_at: Container[int] = frozenset()) -> Iterator[Window]:
         """Train up to step `last`, giving what was measured since the reading before; `commit` each before the next.
 
         The device is read every WINDOW steps, at the end of each epoch, at the steps in `read_at` and at `last`.

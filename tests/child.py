@@ -108,6 +108,7 @@ MEDDLING = {
     "delete_args": lambda: os.unlink("runs/r/args.json"),
     "cut_metrics": lambda: os.truncate("runs/r/metrics.csv", 10),
     "cut_norms": lambda: os.truncate("runs/r/gradient_norms.f32", 10),
+    "delete_full_gradients": lambda: os.unlink("runs/r/full_gradients.csv"),
     "delete_norms": lambda: os.unlink("runs/r/gradient_norms.f32"),
 }
 

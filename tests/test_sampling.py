@@ -188,13 +188,13 @@ def test_a_divergence_at_a_measured_step_is_an_ending(tmp_path):
 def test_a_long_measurement_says_how_long(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    import sampling
+    import progress
 
     clock = iter([0.0, 30.0])
-    monkeypatch.setattr(sampling.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     record = SimpleNamespace(bar=SimpleNamespace(disable=True))
-    progress = sampling.Progress(SimpleNamespace(step=7, record=record, check_signals=lambda: None), 50_000)
-    between = progress.chunks_of(1000)
+    shown = progress.Progress(SimpleNamespace(step=7, record=record, check_signals=lambda: None), 50_000)
+    between = shown.chunks_of(1000)
     for _ in range(5):
         between()
     assert capsys.readouterr().out == "measuring at step 7: 50,000 images, 25 minutes\n"
