@@ -14,6 +14,7 @@ from models import NETWORKS
 ENDLESS = 2**62  # more steps than a run can make
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
 FULL_GRAD_BATCHSIZE = 1000
+PROBE_IMAGES = 2000
 WANDB_MODES = ("online", "offline", "disabled")
 
 # The optimizers of shb.py, each the class of that name in capitals, and the arguments of its class that have a flag.
@@ -35,6 +36,7 @@ ONE_MODE_ONLY = {
     **dict.fromkeys(("eps", "min_epochs", "full_grad_every"), "critical"),
     **dict.fromkeys(("steps", "earlier_steps", "draws", "draw_batchsizes"), "sampling"),
     **dict.fromkeys(("measure_batchnorm", "shape", "exact_memory"), "sampling"),
+    **dict.fromkeys(("smoothing", "sharpness", "probe_images"), "sampling"),
 }
 
 
@@ -89,6 +91,13 @@ def _add_experiment(add: Callable) -> None:
     modes = "sampling: BatchNorm's mode in measuring, one or both"
     add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help=modes)
     add("--shape", action="store_true", help="sampling: normality, isotropy and tails of the draws")
+    smoothing = "sampling: loss under the noise of P of the draws, and under as many Gaussian and isotropic controls"
+    add("--smoothing", type=WHOLE, default=0, metavar="P", help=smoothing)
+    add("--sharpness", action="store_true", help="sampling: λ_max, trace, average-direction and batch sharpness")
+    probe = (
+        f"sampling: images whose loss --smoothing and --sharpness look at (default: {PROBE_IMAGES}, or all if fewer)"
+    )
+    add("--probe_images", type=COUNT, default=argparse.SUPPRESS, metavar="N", help=probe)
     memory = "sampling: splits the memory exactly by the full gradients of the last K steps, each a full pass"
     add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
     add("--max_steps", type=COUNT, metavar="N", help="ends any mode after so many updates")
@@ -125,8 +134,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = build_parser().parse_args(normalized)
     images = DATASETS[args.dataset].train_images
     args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
-    for flag in ("batchsize", "full_grad_batchsize"):
-        if getattr(args, flag) > images and (flag == "batchsize" or _full_gradients(args)):
+    args.probe_images = getattr(args, "probe_images", default_probe(args))
+    relevant = result_arguments(args)
+    for flag in ("batchsize", "full_grad_batchsize", "probe_images"):
+        if flag in relevant and getattr(args, flag) > images:
             raise UserError(
                 f"argument --{flag}: got {getattr(args, flag)}, allowed is at most the {images} training images "
                 f"of {args.dataset}"
@@ -151,9 +162,14 @@ def _check_sampling(args: argparse.Namespace, images: int) -> None:
     args.draw_batchsizes.sort()
     if args.mode != "sampling":
         return
-    if args.draws == 1 or (args.shape and args.draws < 4):
-        least = "4 and more with --shape" if args.shape else "0, or 2 and more"
+    wanting = [flag for flag in ("shape", "smoothing") if getattr(args, flag)]
+    if args.draws == 1 or (wanting and args.draws < 4):
+        least = f"4 and more with --{wanting[0]}" if wanting else "0, or 2 and more"
         raise UserError(f"argument --draws: got {args.draws}, allowed is {least}")
+    if args.smoothing and not 2 <= args.smoothing <= args.draws:
+        raise UserError(
+            f"argument --smoothing: got {args.smoothing}, allowed is 0, or 2 to the {args.draws} of --draws"
+        )
     if args.draw_batchsizes and not args.draws:
         raise UserError(f"argument --draw_batchsizes: got {_words(args.draw_batchsizes)}, allowed only with --draws")
     for b in args.draw_batchsizes:
@@ -173,6 +189,11 @@ def _words(values: list) -> str:
 def _full_gradients(args: argparse.Namespace) -> bool:
     """Whether the run `args` measures full gradients."""
     return args.mode == "sampling" or (args.mode == "critical" and args.full_grad_every is not None)
+
+
+def default_probe(args: argparse.Namespace) -> int:
+    """Images to look at the loss of where no number is given."""
+    return min(PROBE_IMAGES, DATASETS[args.dataset].train_images)
 
 
 def default_chunk(args: argparse.Namespace) -> int:
@@ -201,6 +222,7 @@ def _default_name(args: argparse.Namespace) -> str:
     parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
     defaults = vars(build_parser().parse_args([]))
     defaults |= {"full_grad_batchsize": default_chunk(args), "steps": 10_000, "earlier_steps": []}
+    defaults["probe_images"] = default_probe(args)
     for key, value in relevant.items():
         if key not in (*usual, *added_later) and value != defaults[key]:
             text = "+".join(map(str, value)) if isinstance(value, list) else value
@@ -219,6 +241,8 @@ def result_arguments(args: argparse.Namespace) -> dict:
     left_out = {key for key, mode in ONE_MODE_ONLY.items() if mode != args.mode} | ADMINISTRATION
     if not _full_gradients(args):
         left_out.add("full_grad_batchsize")
+    if not (args.smoothing or args.sharpness):
+        left_out.add("probe_images")
     for flags in OPTIMIZERS.values():
         left_out |= set(flags.values()) - set(OPTIMIZERS[args.optimizer].values())
     return {key: value for key, value in vars(args).items() if key not in left_out}

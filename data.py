@@ -17,7 +17,7 @@ import datasets
 from datasets import DATASETS, Spec
 
 SHUFFLING, MEASURING, DRAWING, PAIRING = 1, 2, 3, 4  # streams of random numbers: measuring never changes training
-INJECTING = 7
+SMOOTHING, PROBING, INJECTING = 5, 6, 7
 BLOCK = 1024  # images augmented at once: at small batches the launches of a block serve many steps
 
 
@@ -63,6 +63,10 @@ class Data:
             rng = np.random.default_rng((self.seed, PAIRING, step, batchsize, i))
             order = rng.permutation(self.size)[:batchsize]
             yield tuple(next(self._batches(rng, order, batchsize)) for _ in range(2))
+
+    def probe(self, count: int, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`count` training images in batches, augmented once: the same at every step, for every optimizer."""
+        return self._pass((self.seed, PROBING), batchsize, size=count)
 
     def generator(self, *key: int) -> torch.Generator:
         """A new generator of torch's on the device, seeded from (seed, *key); on the CPU torch uses 32 bits of it."""

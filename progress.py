@@ -22,14 +22,15 @@ class Progress:
     def chunks_of(self, size: int) -> Callable[[], None]:
         """What to call before every chunk of `size` images."""
 
-        def between() -> None:
-            self.run.check_signals()
-            if self.done and not self.told:
-                self.tell()
-            self.done += size
-            self.bar.update(size)
+        return lambda: self.before(size)
 
-        return between
+    def before(self, images: float) -> None:
+        """To be called before every pass over so many images."""
+        self.run.check_signals()
+        if self.done and not self.told:
+            self.tell()
+        self.done += images
+        self.bar.update(round(images))
 
     def tell(self) -> None:
         """Say how long it will take."""

@@ -23,8 +23,8 @@ from utils import environment
 class Record:
     """One run's directory, owned by this process from `claim` on; its wandb run and its progress bar.
 
-    metrics, norms, full_gradients, measurements, shape: the files that grow, each of one kind of row; a checkpoint
-    says how far it counts on them.
+    metrics, norms, full_gradients, measurements, shape, landscape: the files that grow, each of one kind of row; a
+    checkpoint says how far it counts on them.
     """
 
     def __init__(self, args: Namespace):
@@ -35,7 +35,8 @@ class Record:
         self.full_gradients = Rows(self.directory / "full_gradients.csv")
         self.measurements = Rows(self.directory / "measurements.csv")
         self.shape = Rows(self.directory / "shape.csv")
-        self.growing = (self.metrics, self.norms, self.full_gradients, self.measurements, self.shape)
+        self.landscape = Rows(self.directory / "landscape.csv")
+        self.growing = (self.metrics, self.norms, self.full_gradients, self.measurements, self.shape, self.landscape)
         self.seconds, self._started = 0.0, time.monotonic()
         self.data_checksum, self._omega_checksum = None, None
 
@@ -114,13 +115,11 @@ class Record:
         """One row of wandb, beginning with `steps`."""
         self.dashboard.log(row)
 
-    def append_measurements(self, rows: list[dict], shapes: list[dict]) -> None:
-        """Add to measurements.csv and shape.csv what was measured at one step."""
+    def append(self, file: Rows, rows: list[dict]) -> None:
+        """Add to a file that grows what was measured at one step."""
         self.owner.check_still()
         for row in rows:
-            self.measurements.append_row(row)
-        for row in shapes:
-            self.shape.append_row(row)
+            file.append_row(row)
 
     def append_norms(self, norms: np.ndarray) -> None:
         """Add the gradient norms of the next steps to the history."""

@@ -1,4 +1,4 @@
-"""What `--mode sampling` measures at one step: rows of measurements.csv and shape.csv (docs/measuring.md)."""
+"""What `--mode sampling` measures at one step: rows of measurements, shape and landscape.csv (docs/measuring.md)."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from itertools import groupby
 import numpy as np
 from torch import Tensor
 
+import landscape
 from arguments import OPTIMIZERS, planned_steps
 from measure.draws import augmentation, flat
 from measure.gradients import full_gradient, trained
@@ -69,7 +70,7 @@ def measure_step(run: Training, shadow: Shadow | None) -> tuple[dict, dict]:
     Returns the results for the summary, those of the training batch's own ω, and under --draws its budget; and what
     the dashboard shows. Both are empty after a divergence.
     """
-    args, results, rows, shapes = run.args, {}, [], []
+    args, results, rows, shapes, landscapes = run.args, {}, [], [], []
     accuracy, test_loss = run.evaluate()
     progress = Progress(run, images(run))
     try:
@@ -82,7 +83,7 @@ def measure_step(run: Training, shadow: Shadow | None) -> tuple[dict, dict]:
             more = measure_more(run, batchnorm, full, shadow, progress)
             head, kept = {"steps": run.step, "batchnorm": batchnorm}, []
             for b in sizes(args):
-                keep = kept.append if args.shape and b == args.batchsize else None
+                keep = kept.append if (args.shape or args.smoothing) and b == args.batchsize else None
                 known = (
                     measure_draws(run, batchnorm, full, b, keep, progress) if args.draws else one_draw(args, numbers)
                 )
@@ -90,29 +91,41 @@ def measure_step(run: Training, shadow: Shadow | None) -> tuple[dict, dict]:
                     known |= dict.fromkeys(OF_TRAINING)
                 row = {"batch_size": b} | {key: known.get(key) for key in BUDGET} | more
                 rows.append(head | row | {"accuracy": accuracy, "test_loss": test_loss})
-            if kept:
+            if args.shape:
                 shapes += [head | row for row in shape_rows(run, kept, full, progress)]
+            if args.smoothing or args.sharpness:
+                delta = next(row["delta"] for row in rows[-len(sizes(args)) :] if row["batch_size"] == args.batchsize)
+                landscapes.append(head | landscape.measure(run, batchnorm, full, kept, delta, progress))
     finally:
         progress.bar.close()
-    run.record.append_measurements(rows, shapes)
+    for file, found in (("measurements", rows), ("shape", shapes), ("landscape", landscapes)):
+        run.record.append(getattr(run.record, file), found)
     if args.draws:
         results["budget"] = next(row for row in rows if row["batch_size"] == args.batchsize)
-    return results, shown(args, rows, shapes)
+    if landscapes:
+        results["landscape"] = landscapes[0]
+    return results, shown(args, rows, shapes, landscapes)
 
 
-def shown(args: Namespace, rows: list[dict], shapes: list[dict]) -> dict:
-    """The rows as one of the dashboard's: noise/…, variance/…, shape/…; those of a second BatchNorm mode apart."""
-    found = {}
+def shown(args: Namespace, rows: list[dict], shapes: list[dict], landscapes: list[dict]) -> dict:
+    """The rows as one of the dashboard's, in groups: noise/…, variance/…, shape/…, smoothing/…, sharpness/….
+
+    Those of a second BatchNorm mode have groups of their own: noise_eval/…
+    """
+    found, second = {}, {mode: f"_{mode}" for mode in args.measure_batchnorm[1:]}
     for row in rows:
-        mode = "" if row["batchnorm"] == args.measure_batchnorm[0] else f"_{row['batchnorm']}"
+        mode = second.get(row["batchnorm"], "")
         if row["batch_size"] == args.batchsize:
             found |= {f"noise{mode}/{key}": row[key] for key in row if key not in HEAD and row[key] is not None}
         if args.draws:
             found |= {f"variance{mode}/{key}_b{row['batch_size']}": row[key] for key in ("variance", "c_squared")}
     for row in shapes:
-        mode = "" if row["batchnorm"] == args.measure_batchnorm[0] else f"_{row['batchnorm']}"
+        mode = second.get(row["batchnorm"], "")
         if row["layer"] == "all":
             found |= {f"shape{mode}/{key}": row[key] for key in row if key not in (*HEAD, "layer")}
+    for row in landscapes:
+        for group, keys in landscape.GROUPS.items():
+            found |= {f"{group}{second.get(row['batchnorm'], '')}/{key}": row[key] for key in keys if key in row}
     return found
 
 
@@ -129,7 +142,7 @@ def augmentation_pairs(run: Training) -> int:
 def images(run: Training) -> int:
     """How many images a measurement takes forward and backward, but for its first batch and the test images."""
     drawn = run.args.draws * sum(sizes(run.args)) + 2 * augmentation_pairs(run) * run.args.batchsize
-    return len(run.args.measure_batchnorm) * (run.data.size + drawn)
+    return len(run.args.measure_batchnorm) * (run.data.size + drawn + landscape.images(run.args))
 
 
 def measure_batch(run: Training, batchnorm: str, progress: Progress) -> tuple[dict, list[Tensor]]:

@@ -18,13 +18,16 @@ from measure.gradients import Batch, Loss, trained, unchanged
 
 PROBES = 16  # random vectors for a trace
 TOLERANCE = 1e-3  # of λ_max, relative
+# What a pass costs, in forward and backward passes of a gradient over the same images; measured with ResNet20, CPU.
+VALUE, QUADRATIC, PRODUCT = 0.4, 3, 4
 
 
 class Landscape:
     """f, the mean loss over the batches `probe`, as a function of the parameters `params` (default: `trained`).
 
     training: BatchNorm's mode, as in `unchanged`; in training mode the statistics are those of each probe batch.
-    between: called before every pass over a batch; what it raises ends the measurement, with the weights put back.
+    between: called before every pass over a batch with its cost, in images forward and backward; what it raises ends
+    the measurement, with the weights put back.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class Landscape:
         params: list[Tensor] | None = None,
         loss: Loss = F.cross_entropy,
         training: bool | None = True,
-        between: Callable[[], None] = lambda: None,
+        between: Callable[[float], None] = lambda cost: None,
     ):
         self.model, self.probe, self.loss = model, probe, loss
         self.params, self.training, self.between = params or trained(model), training, between
@@ -46,7 +49,7 @@ class Landscape:
         total = 0.0
         with unchanged(self.model, self.training):
             for x, y in self.probe:
-                self.between()
+                self.between(VALUE * len(y))
                 total += len(y) * self.loss(self.model(x), y).item()
         return total / self.images
 
@@ -72,7 +75,7 @@ class Landscape:
         total = [torch.zeros_like(p) for p in self.params]
         with unchanged(self.model, self.training):
             for x, y in self.probe:
-                self.between()
+                self.between(PRODUCT * len(y))
                 gradients = self._differentiable(x, y)
                 torch._foreach_add_(total, self._again(gradients, v), alpha=len(y) / self.images)
         return total
@@ -84,7 +87,7 @@ class Landscape:
             for x, y in self.probe:
                 gradients = self._differentiable(x, y)
                 for i, v in enumerate(vectors):
-                    self.between()
+                    self.between(QUADRATIC * len(y))
                     found[i] += len(y) / self.images * _dot(self._again(gradients, v, keep=True), v)
         return found
 
@@ -115,7 +118,7 @@ def sharpness(
       batch_sharpness   E[gᵀH_B g]/E‖g‖² over the batches, with batch_sharpness_se
     Where every gradient is zero, batch sharpness is nan. ValueError for fewer than two batches.
     """
-    at, start = f.value(), [_like(p, torch.randn(p.shape, generator=generator)) for p in f.params]
+    at, start = f.value(), isotropic(f.params, 1.0, generator)
     traces = f.quadratic(signs(f.params, generator))
     rises = np.array([f.rise(isotropic(f.params, delta, generator), at) for _ in range(points)])
     return {
@@ -145,7 +148,11 @@ def largest_eigenvalue(f: Landscape, start: list[Tensor]) -> float:
 
 def signs(like: list[Tensor], generator: torch.Generator) -> list[list[Tensor]]:
     """PROBES vectors of independent signs ±1, for Hutchinson's E[vᵀHv] = tr H."""
-    return [[_like(p, torch.randint(2, p.shape, generator=generator) * 2.0 - 1) for p in like] for _ in range(PROBES)]
+
+    def draw(p: Tensor) -> Tensor:
+        return _like(p, 2.0 * torch.randint(2, p.shape, generator=generator, device=generator.device) - 1)
+
+    return [[draw(p) for p in like] for _ in range(PROBES)]
 
 
 def batch_sharpness(f: Landscape, batches: Iterable[Batch]) -> dict[str, float]:
@@ -153,7 +160,7 @@ def batch_sharpness(f: Landscape, batches: Iterable[Batch]) -> dict[str, float]:
     pairs = []
     with unchanged(f.model, f.training):
         for x, y in batches:
-            f.between()
+            f.between(PRODUCT * len(y))
             gradients = f._differentiable(x, y)
             g = [each.detach() for each in gradients]
             pairs.append((_dot(f._again(gradients, g), g), length(g) ** 2))

@@ -101,7 +101,8 @@ class Step:
 
     def gaussian(self, i: int, generator: torch.Generator) -> list[Tensor]:
         """Gaussian, with the covariance of −ηφ that the draws have: Σ_i ξ_i (g_i − ḡ)/√(M − 1), ξ ~ N(0, 1)."""
-        xi = torch.randn(len(self.draws), generator=generator) / (len(self.draws) - 1) ** 0.5
+        xi = torch.randn(len(self.draws), generator=generator, device=generator.device).cpu()
+        xi /= (len(self.draws) - 1) ** 0.5
         total = sum(x * draw for x, draw in zip(xi.tolist(), self.draws, strict=True)) - xi.sum() * self.mean
         return self._with_injected(self._scaled(total), generator)
 

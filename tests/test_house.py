@@ -15,6 +15,7 @@ LAYERS = [
     {"bench_sides"},
     {"main"},
     {"sampling", "full_gradients", "report"},
+    {"landscape"},
     {"progress"},
     {"training"},
     {"record", "graphed", "shb", "data", "measure", "windows"},

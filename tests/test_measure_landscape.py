@@ -275,7 +275,7 @@ def test_measuring_changes_nothing(training, interrupted):
     optimizer.step()
     before, calls = state(model, optimizer), []
 
-    def between():
+    def between(cost):
         calls.append(1)
         if interrupted and len(calls) == 30:
             raise KeyboardInterrupt

@@ -18,7 +18,8 @@ from arguments import parse
 BASE = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 64, "--lr", 0.02, "--name", "r"]
 MANY = ["--mode", "sampling", "--steps", 0, 10, 25, 30, "--full_grad_batchsize", 500]
 ALL = [*MANY, "--draws", 6, "--draw_batchsizes", 16, 200, "--measure_batchnorm", "train", "eval", "--shape"]
-FILES = ("measurements.csv", "shape.csv", "omega.npy")
+ALL += ["--smoothing", 3, "--sharpness", "--probe_images", 40]
+FILES = ("measurements.csv", "shape.csv", "landscape.csv", "omega.npy")
 
 
 def rows(directory, name="measurements.csv"):
@@ -65,7 +66,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(whole, tmp_path):
     assert (whole / "omega.npy").read_bytes() == (plain / "omega.npy").read_bytes()
     (row,) = rows(plain)
     assert row["draws"] == "0" and row["variance"] == row["delta_se"] == "" and float(row["accuracy"]) > 0
-    extra = {"budget"}
+    extra = {"budget", "landscape"}
     assert {k: v for k, v in summary(whole)["results"].items() if k not in extra} == summary(plain)["results"]
 
 
@@ -148,6 +149,41 @@ def test_the_numbers_are_those_of_a_slow_twin(whole):
     assert row["memory_noise"] + row["memory_drift"] + row["memory_cross"] == pytest.approx(row["memory"], rel=1e-5)
 
 
+def test_the_landscape_is_that_of_a_slow_twin(whole):
+    """At step 10, in training mode: the loss of the probe at points that are added up by hand."""
+    twin = Twin(10)
+    row = next(r for r in rows(whole, "landscape.csv") if (r["steps"], r["batchnorm"]) == ("10", "train"))
+    row = {k: float(v) for k, v in row.items() if k != "batchnorm"}
+    full, memory, eta = twin.full(10), 0.9 * twin.m, 0.02
+    x = torch.nn.utils.parameters_to_vector(twin.model.parameters()).detach().double()
+    draws = torch.stack([twin.gradient(*batch) for batch in twin.data.draws(10, 64, 6)])
+    probe = list(twin.data.probe(40, 250))
+
+    def loss(point):
+        torch.nn.utils.vector_to_parameters(point.float(), twin.model.parameters())
+        twin.model.train()
+        return sum(F.cross_entropy(twin.model(x), y, reduction="sum").item() for x, y in probe) / 40
+
+    y, z = x - eta * full, x - eta * (full + memory)
+    real = torch.tensor([loss(x - eta * (g + memory)) for g in draws[:3]]) - loss(z)
+    expected = {"loss_x": loss(x), "loss_y": loss(y), "loss_z": loss(z), "displacement": loss(z) - loss(y)}
+    expected |= {"real": real.mean().item(), "real_se": real.std().item() / 3**0.5, "points": 3, "probe_images": 40}
+    expected["excess"] = row["displacement"] + row["real"]
+    spread = ((draws - draws.mean(0)) ** 2).sum().item() / 5
+    expected["fluctuation_norm"] = eta * spread**0.5
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, rel=5e-3, abs=1e-5), key
+    assert all(row[key] > 0 for key in ("lambda_max", "average_sharpness_se", "batch_sharpness", "predicted"))
+    assert row["average_sharpness"] > 0 or abs(row["average_sharpness"]) < 4 * row["average_sharpness_se"]
+
+
+def test_the_probe_is_the_same_at_every_step_and_for_every_optimizer():
+    data = make_data(50)
+    (x, y), (u, v) = list(data.probe(30, 20)), list(data.probe(30, 20))
+    assert all(torch.equal(a, b) for a, b in zip((*x, *y), (*u, *v), strict=True))
+    assert [len(labels) for _, labels in (x, y)] == [20, 10]
+
+
 def test_a_draw_holds_different_images_and_depends_on_nothing_else():
     images = make_data(50)
     first = list(images.draws(7, 20, 3))
@@ -205,6 +241,7 @@ def test_the_dashboard_has_groups(whole):
 
     numbers = [dict(row, batch_size=int(row["batch_size"])) for row in rows(whole)[-6:]]
     args = parse([*map(str, BASE), *map(str, ALL)])
-    shown = sampling.shown(args, numbers, rows(whole, "shape.csv")[-8:])
+    shown = sampling.shown(args, numbers, rows(whole, "shape.csv")[-8:], rows(whole, "landscape.csv")[-2:])
     assert {"noise/delta", "noise_eval/delta", "variance/c_squared_b16", "variance_eval/variance_b200"} <= shown.keys()
+    assert {"smoothing/real", "smoothing_eval/predicted_se", "sharpness/lambda_max"} <= shown.keys()
     assert "shape/isotropy" in shown and "noise/steps" not in shown and float(shown["noise/fresh"]) > 0
