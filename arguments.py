@@ -1,11 +1,12 @@
 """The command line: every flag, checked before anything slow or lasting happens. No torch."""
 
 import argparse
-import itertools
+import functools
 import os
 import re
 from collections.abc import Callable
 
+from combinations import check_injection, check_sampling
 from converters import Parser, device, number, one_of, path, run_name
 from datasets import DATASETS
 from messages import UserError
@@ -142,48 +143,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 f"argument --{flag}: got {getattr(args, flag)}, allowed is at most the {images} training images "
                 f"of {args.dataset}"
             )
-    if args.compile and args.injected_noise:
-        reason = "with --compile, whose graph cannot draw anew at each step"
-        raise UserError(f"argument --injected_noise: got {args.injected_noise}, allowed is 0 {reason}")
     args.eps = sorted(set(args.eps), reverse=True)
-    _check_sampling(args, images)
+    check_injection(args)
+    check_sampling(args, images)
     args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
     args.name = args.name or _default_name(args)
     return args
-
-
-def _check_sampling(args: argparse.Namespace, images: int) -> None:
-    """Fill in `steps`, the last, and `earlier_steps`; UserError for what does not go together."""
-    for flag in ("steps", "draw_batchsizes", "measure_batchnorm"):
-        given = getattr(args, flag)
-        if len(set(given)) < len(given):
-            raise UserError(f"argument --{flag}: got {_words(given)}, allowed is each value once")
-    *args.earlier_steps, args.steps = sorted(args.steps)
-    args.draw_batchsizes.sort()
-    if args.mode != "sampling":
-        return
-    wanting = [flag for flag in ("shape", "smoothing") if getattr(args, flag)]
-    if args.draws == 1 or (wanting and args.draws < 4):
-        least = f"4 and more with --{wanting[0]}" if wanting else "0, or 2 and more"
-        raise UserError(f"argument --draws: got {args.draws}, allowed is {least}")
-    if args.smoothing and not 2 <= args.smoothing <= args.draws:
-        raise UserError(
-            f"argument --smoothing: got {args.smoothing}, allowed is 0, or 2 to the {args.draws} of --draws"
-        )
-    if args.draw_batchsizes and not args.draws:
-        raise UserError(f"argument --draw_batchsizes: got {_words(args.draw_batchsizes)}, allowed only with --draws")
-    for b in args.draw_batchsizes:
-        if b > images:
-            raise UserError(f"argument --draw_batchsizes: got {b}, allowed is at most the {images} training images")
-    steps = [0, *args.earlier_steps, args.steps]
-    fewest = min((b - a for a, b in itertools.pairwise(steps) if b > a), default=0)
-    if args.exact_memory > fewest:
-        reason = "the fewest steps before a measurement, or between two"
-        raise UserError(f"argument --exact_memory: got {args.exact_memory}, allowed is at most {fewest}, {reason}")
-
-
-def _words(values: list) -> str:
-    return " ".join(map(str, values))
 
 
 def _full_gradients(args: argparse.Namespace) -> bool:
@@ -220,15 +185,20 @@ def _default_name(args: argparse.Namespace) -> str:
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
     parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
-    defaults = vars(build_parser().parse_args([]))
-    defaults |= {"full_grad_batchsize": default_chunk(args), "steps": 10_000, "earlier_steps": []}
-    defaults["probe_images"] = default_probe(args)
+    usual_values = defaults() | {"full_grad_batchsize": default_chunk(args), "steps": 10_000, "earlier_steps": []}
+    usual_values["probe_images"] = default_probe(args)
     for key, value in relevant.items():
-        if key not in (*usual, *added_later) and value != defaults[key]:
+        if key not in (*usual, *added_later) and value != usual_values[key]:
             text = "+".join(map(str, value)) if isinstance(value, list) else value
             text = _short(value) if isinstance(value, float) else text
             parts.append(key if value is True else f"{key}{text}")
     return "-".join([*parts, f"seed{args.seed}"])
+
+
+@functools.cache
+def defaults() -> dict:
+    """Every argument as it is where it is not given."""
+    return vars(build_parser().parse_args([]))
 
 
 def _short(value: float) -> str:

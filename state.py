@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import ENDLESS, EXIT_STATUS, planned_steps, result_arguments
+from arguments import ENDLESS, EXIT_STATUS, defaults, planned_steps, result_arguments
 from files import plain, read_json
 from messages import UserError, warn
 
@@ -37,8 +37,11 @@ def ended_run(args: Namespace) -> dict | None:
 
 
 def differences(before: dict, args: Namespace) -> str:
-    """The arguments in `args` that would make another result than those `before`, as text; empty if none."""
-    now = plain(result_arguments(args))
+    """The arguments in `args` that would make another result than those `before`, as text; empty if none.
+
+    A flag that did not yet exist `before` had its default: what it adds is off.
+    """
+    now, before = plain(result_arguments(args)), defaults() | before
     named = [f"--{k} {v} (was {before.get(k)})" for k, v in now.items() if k not in EXTENSIBLE and before.get(k) != v]
     return f"was begun with other arguments: {', '.join(named)}; give the same" if named else ""
 

@@ -94,7 +94,7 @@ def delta_bound(own, at_own, made, group):
 
 def bound(optimizer, b, batchnorm, c_squared_direct, made, group):
     """Return the formula's δ, its terms, and the C² and K in them; where there is no formula, without values."""
-    runs, rows = made["runs"], made["measurements"]
+    runs, rows = made["runs"], made["norms_for_k"]
     mine = runs[runs["optimizer"] == optimizer], rows[rows["optimizer"] == optimizer]
     k = tables.largest_full_gradient(*mine, batchnorm)["k"]
     found = {"c_squared_greatest": c_squared_direct, "k_greatest": k}

@@ -18,7 +18,8 @@ class Group:
     """Runs that may share figures.
 
     beta: 0 if none has any. runs: as of `records.load`, but `optimizer` is the curve, in the order of figures.
-    crossings: see there. settings: {mode: what its runs share}. left_out: {name: reason}.
+    critical: its critical runs with the settings of most, also those of one curve, batch size and seed, the one that
+    went furthest first. crossings: see there. settings: {mode: what its runs share}. left_out: {name: reason}.
     published: {optimizer: the paper's numbers}.
     """
 
@@ -27,6 +28,7 @@ class Group:
     lr: float
     beta: float
     runs: pd.DataFrame
+    critical: pd.DataFrame
     crossings: pd.DataFrame
     settings: dict
     left_out: dict
@@ -66,7 +68,8 @@ def group(members, dataset, model, lr, beta):
     if beta is not None:
         slug, title = f"{slug}_beta{beta:g}", f"{title}, β {beta:g}"
     paper = published.constants(dataset, model, lr, beta)
-    return Group(slug, title, lr, beta or 0.0, kept, crossings(alike), settings, left_out, paper)
+    critical = alike[alike["mode"] == "critical"]
+    return Group(slug, title, lr, beta or 0.0, kept, critical, crossings(alike), settings, left_out, paper)
 
 
 def crossings(runs):

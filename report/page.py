@@ -11,15 +11,18 @@ from report import axes, budget, budget_plots, plots, tables
 METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
 
 NO_DRAWS = "no sampling run with --draws and a sound measurements.csv"
+NO_FULL = "no critical run with --full_grad_every and a sound full_gradients.csv"
 NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
+STEPS = ("steps", "constants", "published_steps", "steps_full_gradient", "constants_full_gradient")
+HISTORY = ("gradients", "runs", "crossings", "full_gradients")
 # Each figure: the function, the tables it takes, and why there is none where it returns none.
 FIGURES = {
-    "steps": (plots.steps, ("steps", "constants", "published_steps"), "fewer than two b have steps to any ε"),
+    "steps": (plots.steps, STEPS, "fewer than two b have steps to any ε"),
     "accuracy": (plots.accuracy, ("points",), "fewer than two b have an accuracy"),
     "delta": (plots.delta, ("points",), "fewer than two b have a δ, by the formula or measured"),
     "accuracy_delta": (plots.accuracy_delta, ("points", "correlations"), "fewer than two points have accuracy and δ"),
     "omega": (plots.omega, ("omega", "omega_histogram", "omega_qq"), "no sampling run with a sound omega.npy"),
-    "gradients": (plots.gradients, ("gradients", "runs", "crossings"), "no critical run with a sound history"),
+    "gradients": (plots.gradients, HISTORY, "no critical run with a sound history"),
     "budget": (budget_plots.budget, ("budget",), NO_DRAWS),
     "c_squared": (budget_plots.c_squared, ("direct",), "fewer than two b drawn at one x, with --draw_batchsizes"),
     "delta_bound": (budget_plots.delta_bound, ("delta_bound",), NO_DRAWS),
@@ -42,22 +45,26 @@ NOTES = {
 # Each table of the report, and why there is none where it is empty. Those in FILES are written, but not shown.
 TABLES = {
     "critical_batch_size": NO_STAR,
+    "critical_batch_size_four_ways": "no ε has a critical batch size by any of the ways",
     "points": "no runs",
     "correlations": "fewer than three points with accuracy and δ, or all equal",
     "steps": "no critical run says anything of ε",
+    "steps_full_gradient": NO_FULL,
     "omega": "no sampling run that did not diverge",
     "budget": NO_DRAWS,
     "c_squared": NO_DRAWS,
     "delta_bound": NO_DRAWS,
     "shape": "no sampling run with --shape and a sound shape.csv",
 }
-FILES = ("direct", "omega_histogram", "omega_qq", "gradients")
+FILES = ("direct", "omega_histogram", "omega_qq", "gradients", "full_gradients")
 # Why columns of a table have no value ("–"), told beneath the table.
 NO_BOUND = "no formula is known for this optimizer, or no C² is measured"
 FEW_DRAWS = "fewer than 20 draws, too few for the test"
 NO_K = "no run that did not diverge measured a full gradient"
 MISSING = {
-    NO_STAR: "b_star edge range critical_seeds undecided",
+    NO_STAR: "b_star edge range critical_seeds undecided departure departure_reference",
+    f"{NO_FULL}; or {NO_STAR}": "b_star_full range_full departure_full departure_reference_full",
+    NO_DRAWS: "simple_noise_scale simple_noise_scale_steps",
     "no ε has a b*, or there is no formula (see runs, below)": "bound reference_eps c_squared c_squared_from",
     NO_K: "k k_run k_step",
     "the paper gives none": "published_b_star published_c_squared published_k published",
@@ -67,7 +74,7 @@ MISSING = {
     "the paper gives no C²": "delta_published_constants",
     "no sampling run that did not diverge": "delta_measured",
     "no step of a run that did not diverge": "max_minibatch_norm",
-    "every seed diverged before ε": "steps steps_are sfo",
+    "every seed diverged before ε": "steps steps_are sfo sfo_least",
     "nothing published, or not all of ours measured with the published settings": "ratio",
     "only the ω drawn are read whole": "beyond_6_std",
     "a batch of all images has no C², two draws no standard error": "c_squared_direct c_squared_direct_se noise_scale",

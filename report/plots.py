@@ -3,14 +3,28 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from report.axes import ARROWS, by_optimizer, curve, looks, mark, mark_diverged, nth_look, side_by_side, size_axis
+from report.axes import (
+    ARROWS,
+    MARK,
+    by_optimizer,
+    curve,
+    looks,
+    mark,
+    mark_diverged,
+    nth_look,
+    side_by_side,
+    size_axis,
+)
 from report.tables import DELTAS
 
 DELTA_LABEL = "degree of smoothing δ (parameter distance)"
 
 
-def steps(rows, constants, published_steps):
-    """Draw steps to ε and SFO complexity against b: a column per optimizer, a curve per ε."""
+def steps(rows, constants, published_steps, bracketed, constants_full):
+    """Draw steps to ε and SFO complexity against b: a column per optimizer, a curve per ε.
+
+    bracketed, constants_full: `steps_full_gradient` and the constants by it; drawn as brackets beside the curves.
+    """
     if rows["batch_size"].nunique() < 2:
         return None
     names = list(rows["optimizer"].unique())
@@ -32,6 +46,8 @@ def steps(rows, constants, published_steps):
                     y = theirs["steps"] * (theirs["batch_size"] if key == "sfo" else 1)
                     ax.plot(theirs["batch_size"], y, marker=".", color="0.4", lw=0.8, label="published SHB")
             mark_bounds(ax, mine, key, every)
+            mark_brackets(ax, bracketed[bracketed["optimizer"] == name], key, every)
+            mark_full_b_star(ax, bracketed, key, constants_full[constants_full["optimizer"] == name])
             ax.set(yscale="log", title=name.upper() if key == "steps" else "")
             ax.label_outer()
     for ax, name in zip(axes[0], names, strict=True):
@@ -48,6 +64,34 @@ def mark_bounds(ax, rows, key, every):
             marker, label = ARROWS[row["steps_are"]]
             look = {"marker": marker, "ms": 9, "color": every[row["eps"]]["color"]}
             mark(ax, side_by_side(b, i, len(here)), row[f"{key}_mean"], label, **look)
+
+
+def mark_brackets(ax, rows, key, every):
+    """Draw one optimizer's steps by the full gradient: from after the measurement before to the first one ≤ ε."""
+    shown = rows[rows["steps_are"].isin(("measured", "lower bound"))]
+    for b, here in shown.groupby("batch_size"):
+        for i, row in enumerate(here.to_dict("records")):
+            x, low, high = side_by_side(b, i, len(here)), row[f"{key}_min"], row[f"{key}_max"]
+            look = {"color": every[row["eps"]]["color"], "zorder": MARK - 1}
+            if row["steps_are"] == "lower bound":
+                ax.plot(x, row[f"{key}_mean"], marker=6, ms=7, mfc="none", linestyle="", **look)
+                continue
+            ends = [[low], [high]]
+            ax.plot([x, x], ends, marker="_", ms=8, mew=1.5, lw=1.5, **look)
+            shape = {"marker": every[row["eps"]]["marker"], "ms": 4, "mfc": "white"}
+            ax.plot(x, high, linestyle="", **shape, **look)
+    if "measured" in set(shown["steps_are"]):
+        ax.plot([], [], marker="_", ms=8, mew=1.5, color="0.3", label="by ‖∇f‖ ≤ ε, measured now and then: bracket")
+    if "lower bound" in set(shown["steps_are"]):
+        ax.plot([], [], marker=6, ms=7, mfc="none", linestyle="", color="0.3", label="by ‖∇f‖: lower bound")
+
+
+def mark_full_b_star(ax, rows, key, stars):
+    """Frame the b* by the full gradient of one optimizer, at the upper end of its bracket."""
+    known = rows.set_index(["optimizer", "eps", "batch_size"])[f"{key}_mean"]
+    for star in stars.dropna(subset="b_star").to_dict("records"):
+        y = known[star["optimizer"], star["eps"], star["b_star"]]
+        mark(ax, star["b_star"], y, "measured b*, by ‖∇f‖", marker="D", ms=11, mfc="none", color="k")
 
 
 def mark_b_star(ax, rows, key, stars):
@@ -165,8 +209,11 @@ def omega(table, omega_histogram, omega_qq):
     return fig
 
 
-def gradients(bins, runs, crossings):
-    """Draw gradient norm and running mean over steps, a panel per run in `bins`, a line of panels per optimizer."""
+def gradients(bins, runs, crossings, full):
+    """Draw gradient norm and running mean over steps, a panel per run in `bins`, a line of panels per optimizer.
+
+    full: of `full_gradients.read`; what a run measured of ‖∇f‖ is drawn too.
+    """
     if bins.empty:
         return None
     drawn = runs[runs["name"].isin(bins["name"])].sort_values(["optimizer", "batch_size"])
@@ -182,6 +229,9 @@ def gradients(bins, runs, crossings):
             reached = crossings[crossings["name"] == run["name"]].dropna(subset="steps")
             color = looks(runs["optimizer"])[run["optimizer"]]["color"]
             draw_history(ax, bins[bins["name"] == run["name"]], every_eps, reached, color)
+            mine = full[(full["run"] == run["name"]) & (full["steps"] > 0)]
+            if len(mine):
+                ax.plot(mine["steps"], mine["full_gradient_norm"], "k+", ms=6, label="full gradient ‖∇f‖")
             title = f"{run['optimizer'].upper()}, b = {run['batch_size']}, seed {run['seed']}"
             ax.set(xscale="log", yscale="log", xlabel="step", title=title)
     return fig

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from report import details, measurements, published, theory
+from report import critical_batch_sizes, details, full_gradients, measurements, published, theory
+from report.critical_batch_sizes import critical_batch_size
 
 DELTAS = ("delta_formula", "delta_measured_mean")  # the columns of `points` that accuracy is set against
 
@@ -19,15 +20,20 @@ def measure(group):
     made["published_steps"] = theirs.reset_index()
     made["steps"] = steps(group.crossings, theirs)
     made["measurements"], made["shapes"], unread = measurements.read(runs)
-    made["constants"] = constants(runs, made["steps"], group.lr, group.beta, group.published, made["measurements"])
-    stars = made["constants"].dropna(subset="eps")
-    made["critical_batch_size"] = stars if stars["b_star"].notna().any() else stars[:0]
+    made["full_gradients"], no_full = full_gradients.read(group.critical)
+    made["steps_full_gradient"] = bracketed(full_gradients.crossings(made["full_gradients"], group.crossings))
+    made["norms_for_k"] = full_gradients.norms_for_k(made["measurements"], made["full_gradients"])
+    for rule, paper in (("", group.published), ("_full_gradient", {})):  # the paper's b* are of the running mean
+        given = runs, made[f"steps{rule}"], group.lr, group.beta, paper, made["norms_for_k"]
+        made[f"constants{rule}"] = constants(*given)
+    made["critical_batch_size"] = critical_batch_sizes.by_rule(made)
+    made["critical_batch_size_four_ways"] = critical_batch_sizes.four_ways(made, sampled_batchnorm(runs))
     made["points"] = points(runs, made["constants"], group.lr, group.beta, group.published)
     made["correlations"] = correlations(made["points"])
     spread, no_omega = details.spread_of_omegas(runs)
     made["omega"] = details.omega(runs, spread.pop("shares"))
     made["gradients"], no_history = details.gradients(runs)
-    return made | spread, unread | no_omega | no_history
+    return made | spread, unread | no_full | no_omega | no_history
 
 
 def band(groups, column):
@@ -46,9 +52,18 @@ def steps(crossings, published_steps):
     --min_epochs, so that their steps are only an upper bound. checked: the steps of the runs that the row is from.
     ratio: ours / published, where all of it is measured, with the published settings.
     """
+    early = (crossings["steps"].fillna(0) == crossings["first_check"]) & (crossings["first_check"] > 1)
+    table, seeds = over_seeds(crossings, early)
+    table["published"] = published_steps.reindex(table.index)
+    measured = (table["steps_are"] == "measured") & (table["diverged"] == 0) & seeds["as_published"].all()
+    table["ratio"] = (table["steps_mean"] / table["published"].astype(float)).where(measured)
+    return table.reorder_levels(["optimizer", "eps", "batch_size"]).reset_index()
+
+
+def over_seeds(crossings, early):
+    """Return (the columns of `steps` but for the published, crossings by seeds); early: where at the first check."""
     reached = crossings["steps"].notna()
     missed = ~reached & ~crossings["diverged"]
-    early = (crossings["steps"].fillna(0) == crossings["first_check"]) & (crossings["first_check"] > 1)
     known = crossings["steps"].where(reached, crossings["checked"].where(missed))
     facts = crossings.assign(reached=reached, missed=missed, early=early, steps=known)
     facts["sfo"] = known * facts["batch_size"]
@@ -59,47 +74,30 @@ def steps(crossings, published_steps):
     # What the mean of steps is, some of them of seeds that missed ε or had it too early.
     bounds = {"undetermined": (missed > 0) & (early > 0), "lower bound": missed > 0, "upper bound": early > 0}
     table["steps_are"] = np.select([reached + missed == 0, *bounds.values()], [None, *bounds], "measured")
-    table = table.join(band(seeds, "sfo")).join(band(seeds, "checked"))
-    table["published"] = published_steps.reindex(table.index)
-    measured = (reached == size) & (early == 0) & seeds["as_published"].all()
-    table["ratio"] = (table["steps_mean"] / table["published"].astype(float)).where(measured)
-    return table.reorder_levels(["optimizer", "eps", "batch_size"]).reset_index()
+    return table.join(band(seeds, "sfo")).join(band(seeds, "checked")), seeds
 
 
-def critical_batch_size(rows):
-    """Return b* and its uncertainty, a dict, from one optimizer's and ε's rows of `steps`; {} if it has none.
+def bracketed(crossings):
+    """Return the rows of `steps` by the full gradient, whose steps are known to lie between two measurements.
 
-    Eligible are the points all of whose seeds reached ε, and after the first check; two at least. range: the b
-    whose seeds' SFO overlaps that at b*; none for one seed. undecided: the b that are not eligible and whose SFO
-    may be as small. edge: "<=" or ">=" where the next b below or above b* is not known to need more, so that b* is
-    only a bound; "?" where neither is.
+    crossings: of `full_gradients.crossings`. steps_mean and sfo_mean are of the first measured steps, the upper ends;
+    _min is the least lower end of a seed, and _max the greatest upper end. sfo_least: the mean of the lower ends.
+    at_first_check: seeds with ‖∇f‖ ≤ ε before the first update, which need no steps at any b.
     """
-    rows = rows.sort_values("batch_size", ignore_index=True)
-    whole = (rows["reached"] == rows["critical_seeds"]) & (rows["at_first_check"] == 0)
-    if whole.sum() < 2:
-        return {}
-    at = rows["sfo_mean"][whole].idxmin()  # of equal ones, the smallest b
-    best, limit = rows.loc[at], rows["sfo_max"][at]
-    least = rows["sfo_mean"].where(rows["at_first_check"] == 0).fillna(0)
-    undecided = ~whole & (least <= limit)
-    near = whole & (rows["sfo_min"] <= limit).fillna(False) & (best["critical_seeds"] > 1)
-    open_below = at == 0 or undecided[at - 1]
-    open_above = at == len(rows) - 1 or undecided[at + 1]
-    edge = "<=" if open_below else ">=" if open_above else ""
-    return {
-        "b_star": int(best["batch_size"]),
-        "edge": "?" if open_below and open_above else edge,
-        "range": " ".join(rows["batch_size"][near].astype(str)),
-        "critical_seeds": int(best["critical_seeds"]),
-        "undecided": " ".join(rows["batch_size"][undecided].astype(str)),
-    }
+    table, seeds = over_seeds(crossings, crossings["steps"].fillna(1) == 0)
+    table["steps_are"] = table["steps_are"].replace("upper bound", "before the first update")
+    sizes = table.index.get_level_values("batch_size")
+    table["steps_min"] = seeds["least"].min()
+    table["sfo_min"] = table["steps_min"] * sizes
+    table["sfo_least"] = seeds["least"].agg(lambda least: least.astype(float).mean()).astype(float) * sizes
+    return table.reorder_levels(["optimizer", "eps", "batch_size"]).reset_index()
 
 
 def largest_full_gradient(runs, measured=None, batchnorm="train"):
     """Return K = max ‖∇f‖ as {k, k_run, k_step}, over the measured full gradients of runs that did not diverge.
 
     A run has measured one if its results hold full_gradient_norm, at its last step; and one at every step of
-    `measured`, the rows of `measurements.read`. batchnorm: the mode in which they were measured; with BatchNorm the
+    `measured`, of `full_gradients.norms_for_k`. batchnorm: the mode in which they were measured; with BatchNorm the
     two modes are two functions. A largest mini-batch norm is no stand-in: at small b it is many times as large.
     """
     columns = ["run", "steps", "full_gradient_norm"]
@@ -116,14 +114,13 @@ def largest_full_gradient(runs, measured=None, batchnorm="train"):
 def constants(runs, rows, lr, beta, paper, measured=None):
     """Return one row per optimizer and ε: b*, the estimated C² and K, and the bound, beside the published.
 
-    rows: of `steps`. paper: {optimizer: published numbers}. measured: of `measurements.read`. C² comes from b* at
+    rows: of `steps`. paper: {optimizer: published numbers}. measured: as `largest_full_gradient`. C² is from b* at
     one reference ε per optimizer, the smallest with a b* inside the grid, or else with any (c_squared_from says
     which b*); there the bound equals b* by construction, elsewhere it is a prediction. Without a formula for the
     optimizer there are neither.
     """
     table = []
-    sampled = runs["batchnorm"][runs["mode"] == "sampling"]
-    batchnorm = sampled.iloc[0] if len(sampled) else "train"  # the sampling runs of a Group have one
+    batchnorm = sampled_batchnorm(runs)
     for optimizer, mine in runs.groupby("optimizer", observed=True):
         by_eps = rows[rows["optimizer"] == optimizer].groupby("eps")
         stars = {eps: critical_batch_size(part) for eps, part in by_eps}
@@ -145,6 +142,12 @@ def constants(runs, rows, lr, beta, paper, measured=None):
             row |= k | {"published_b_star": theirs.get("b_star", {}).get(eps)}
             table.append(row | {f"published_{key}": theirs.get(key) for key in ("c_squared", "k")})
     return pd.DataFrame(table, dtype=object)
+
+
+def sampled_batchnorm(runs):
+    """Return the BatchNorm mode of the results of a Group's sampling runs, which have one; train if there are none."""
+    sampled = runs["batchnorm"][runs["mode"] == "sampling"]
+    return sampled.iloc[0] if len(sampled) else "train"
 
 
 def why_no_formula(optimizer, beta):

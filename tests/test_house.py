@@ -22,7 +22,7 @@ LAYERS = [
     {"checkpoints", "dashboard", "owner"},
     {"utils", "state"},
     {"arguments"},
-    {"datasets", "models", "converters"},
+    {"datasets", "models", "converters", "combinations"},
     {"files", "messages"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

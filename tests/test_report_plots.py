@@ -17,7 +17,7 @@ from report_helpers import (
     u_shaped,
 )
 
-from report import axes, plots
+from report import axes, page, plots
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_upper_bounds_are_arrows_and_no_part_of_curve_interpolation_or_ratio(tmp
     early = list(rows["batch_size"][rows["steps_are"] == "upper bound"])
     assert early == [2048, 4096, 8192]
     assert list(rows["ratio"].isna()) == [b in early for b in published]
-    fig = plots.steps(rows, constants, theirs[:0])
+    fig = plots.steps(rows, constants, theirs[:0], *(made[table] for table in page.STEPS[3:]))
     arrows = marks(fig, "upper bound: ε reached at the first check")
     assert sorted(arrows)[:2] == [(2048, 275), (2048, 275 * 2048)] and len(arrows) == 6
     (line,) = [x for x in fig.axes[0].lines if len(x.get_xdata()) == len(published)]
@@ -91,7 +91,7 @@ def test_a_bound_beyond_the_grid_is_an_arrow_at_its_edge(tmp_path):
         critical(tmp_path, "nshb", b, 0, {"1.0": n, "0.1": 9 * n, "9.0": n - 9}, steps=9 * n, min_epochs=0)
     made = measured(tmp_path)[1]
     assert list(made["constants"]["bound"]) == [pytest.approx(x) for x in (16, 0.16, 16 / 81 / 100)]
-    fig = plots.steps(made["steps"], made["constants"], made["published_steps"])
+    fig = plots.steps(*(made[table] for table in page.STEPS))
     for ax in fig.axes:
         low, high = ax.get_xlim()
         assert 4 < low < 8 and 32 < high < 64
@@ -135,7 +135,7 @@ def test_no_arrow_hides_another(tmp_path):
     for b in (8, 16):
         critical(tmp_path, "sgd", b, 0, dict.fromkeys(("1.0", "0.7", "0.5")), steps=90, status="not_reached")
     made = measured(tmp_path)[1]
-    fig = plots.steps(made["steps"], made["constants"], made["published_steps"])
+    fig = plots.steps(*(made[table] for table in page.STEPS))
     places = marks(fig, "lower bound: a seed did not reach ε")
     assert len(places) == len(set(places)) == 12
     seen = sorted(x for x, y in places if y == 90)  # on one height: b = 8 left of b = 16, apart from each other
@@ -221,7 +221,7 @@ def test_a_figure_of_gradients_shows_where_eps_was_reached(tmp_path):
         folder = critical(tmp_path, "sgd", b, 0, {"0.5": 70 if b == 8 else None, "0.1": None}, steps=90, min_epochs=0)
         np.full(90, 0.5, "<f4").tofile(folder / "gradient_norms.f32")
     made = measured(tmp_path)[1]
-    fig = plots.gradients(made["gradients"], made["runs"], made["crossings"])
+    fig = plots.gradients(*(made[table] for table in page.HISTORY))
     assert [ax.get_title() for ax in fig.axes] == ["SGD, b = 8, seed 0", "SGD, b = 16, seed 0"]
     reached = [[line.get_xydata().tolist() for line in ax.lines if line.get_label() == "ε reached"] for ax in fig.axes]
     assert reached == [[[[70, 0.5]]], []]
