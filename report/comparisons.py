@@ -232,20 +232,22 @@ def noise_to_inject(sampled, rows):
     """Return R = √(V_small − V_large) for every two b drawn at one x_t of an SGD run: with --injected_noise R its
     steps at b_large have the noise, in norm, that they have at b_small.
 
-    injected_noise, from the mean of V over seeds; injected_noise_se, its standard error, of the draws alone: those at
-    two b are independent, and R's error is that of R² over 2R. Without a value where V_small is not the larger.
+    noise_to_inject is from the mean of V over seeds; its standard error of the draws alone: those at two b are
+    independent, and R's error is that of R² over 2R. Both without a value where V_small is not the larger.
     """
-    sgd = sampled[sampled["optimizer"] == "sgd"][["name", "lr"]].rename(columns={"name": "run"})
-    drawn = rows[rows["draws"] > 0].merge(sgd, on="run")
-    at = ["lr", "run_batch_size", "batchnorm", "steps", "draws"]
-    columns = ["run", *at, "batch_size", "variance", "variance_se"]
-    pairs = drawn[columns].merge(drawn[columns], on=["run", *at], suffixes=("_small", "_large"))
+    sgd = sampled[sampled["optimizer"] == "sgd"].rename(columns={"name": "run"})
+    drawn = rows[rows["draws"] > 0].merge(sgd[["run", "same", "lr", "injected_noise"]], on="run")
+    point = ["same", "seed", "batchnorm", "steps"]
+    drawn = drawn.sort_values("draws", ascending=False).drop_duplicates([*point, "batch_size"])
+    at = ["lr", "run_batch_size", "injected_noise", "batchnorm", "steps", "draws"]
+    columns = ["same", "seed", *at, "batch_size", "variance", "variance_se"]
+    pairs = drawn[columns].merge(drawn[columns], on=["same", "seed", *at], suffixes=("_small", "_large"))
     pairs = pairs[pairs["batch_size_small"] < pairs["batch_size_large"]]
     pairs["square"] = pairs["variance_small"] - pairs["variance_large"]
     pairs["square_se"] = np.hypot(pairs["variance_se_small"], pairs["variance_se_large"])
     seeds = pairs.groupby([*at, "batch_size_small", "batch_size_large"])
     square = seeds["square"].mean()
     table = pd.DataFrame({"seeds": seeds.size()}).join(seeds[["variance_small", "variance_large"]].mean())
-    table["injected_noise"] = np.sqrt(square.where(square > 0))
-    table["injected_noise_se"] = seeds["square_se"].agg(pooled_error) / (2 * table["injected_noise"])
+    table["noise_to_inject"] = np.sqrt(square.where(square > 0))
+    table["noise_to_inject_se"] = seeds["square_se"].agg(pooled_error) / (2 * table["noise_to_inject"])
     return table.reset_index().rename(columns={"batch_size_small": "b_small", "batch_size_large": "b_large"})

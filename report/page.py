@@ -78,7 +78,7 @@ MISSING = {
     "no sampling run with the same arguments and --sharpness": "lambda_max sharpness_step",
     "every seed diverged": "updates",
     "the optimizer takes none": "beta nu",
-    "the variance at the smaller b is not the larger": "injected_noise injected_noise_se",
+    "the variance at the smaller b is not the larger": "noise_to_inject noise_to_inject_se",
     "not SHB or NSHB, or not measured at the end of the sampling run": "delta_renamed",
 }
 WHY = {column: why for why, columns in MISSING.items() for column in columns.split()}

@@ -319,9 +319,20 @@ def test_the_noise_to_inject_is_the_root_of_the_difference_over_seeds(tmp_path):
         squares = [of_b[small] - of_b[large] for of_b in variance.values()]
         errors = [(0.1 * of_b[b]) ** 2 for of_b in variance.values() for b in (small, large)]
         r = math.sqrt(sum(squares) / 2)
-        assert row["injected_noise"] == pytest.approx(r)
-        assert row["injected_noise_se"] == pytest.approx(math.sqrt(sum(errors)) / 2 / (2 * r))
+        assert row["noise_to_inject"] == pytest.approx(r)
+        assert row["noise_to_inject_se"] == pytest.approx(math.sqrt(sum(errors)) / 2 / (2 * r))
         assert (row["seeds"], row["run_batch_size"], row["steps"], row["lr"]) == (2, 256, 100, 0.1)
+
+
+def test_one_seed_counts_once_and_the_noise_of_a_run_keeps_it_apart(tmp_path):
+    for noise, variance, args in ((0.0, 9.0, {}), (0.0, 5.0, {"name": "again"}), (0.5, 3.0, {"name": "noisy"})):
+        draws = 16 if args else 32
+        more = args | {"injected_noise": noise, "draws": draws}
+        folder = sampling(tmp_path, "sgd", 64, 0, 1.0, gaussian(), steps=100, **more)
+        rows = [{"batch_size": b, "variance": variance * (b == 8)} for b in (8, 64)]
+        measurements(folder, [row | {"steps": 100, "draws": draws} for row in rows])
+    found = made(tmp_path)[0]["noise_to_inject"][["injected_noise", "seeds", "draws", "noise_to_inject"]]
+    assert found.to_numpy().tolist() == [[0.0, 1, 32, 3.0], [0.5, 1, 16, pytest.approx(math.sqrt(3.0))]]
 
 
 def test_where_the_small_b_has_not_the_larger_variance_there_is_no_noise_to_inject(tmp_path):
@@ -329,7 +340,7 @@ def test_where_the_small_b_has_not_the_larger_variance_there_is_no_noise_to_inje
     rows = [{"batch_size": b, "variance": v, "steps": 100, "draws": 16} for b, v in ((8, 1.0), (64, 2.0))]
     measurements(folder, rows)
     row = point(made(tmp_path)[0]["noise_to_inject"], b_small=8)
-    assert math.isnan(row["injected_noise"]) and math.isnan(row["injected_noise_se"])
+    assert math.isnan(row["noise_to_inject"]) and math.isnan(row["noise_to_inject_se"])
 
 
 @pytest.mark.parametrize(("small", "large", "seeds"), [(9.0, 1.0, 1), (4.0, 3.0, 3)])
@@ -340,9 +351,10 @@ def test_the_standard_error_of_the_noise_covers(small, large, seeds):
     rows = index.to_frame(index=False).assign(run_batch_size=8, batchnorm="train", draws=64)
     rows["variance"] = np.where(rows["batch_size"] == 8, small, large) * rng.chisquare(degrees, len(rows)) / degrees
     rows["variance_se"] = rows["variance"] * math.sqrt(2 / degrees)
-    sampled = pd.DataFrame({"name": range(seeds), "optimizer": "sgd", "lr": 0.1})
+    rows["seed"] = rows["run"]
+    sampled = pd.DataFrame({"name": range(seeds), "optimizer": "sgd", "lr": 0.1, "same": "", "injected_noise": 0.0})
     found = comparisons.noise_to_inject(sampled, rows)
-    inside = (found["injected_noise"] - math.sqrt(small - large)).abs() < 1.96 * found["injected_noise_se"]
+    inside = (found["noise_to_inject"] - math.sqrt(small - large)).abs() < 1.96 * found["noise_to_inject_se"]
     assert len(found) == times and 0.93 < inside.mean() < 0.97
 
 

@@ -6,6 +6,7 @@ In this process, as the plan starts none. test_sweep_runs.py has the runs, test_
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_count_is_the_size_of_the_grid(plan, capsys):
     assert capsys.readouterr().out == "99\n"
     assert sweep.main(["normal", "--seeds", "0 1", "--batchsizes", "8 16 32", "--count"]) == 0
     assert capsys.readouterr().out == "18\n"
+
+
+DOCUMENTED = re.findall(r"^scripts/sweep\.sh (.+)$", (ROOT / "docs" / "experiments.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("line", [line for line in DOCUMENTED if "$" not in line])
+def test_every_sweep_of_the_docs_plans_runs_that_main_py_takes(plan, line):
+    words = shlex.split(line.partition("#")[0].replace("--dry_run", ""))
+    if "--injected_noises" in words and not hasattr(arguments.parse([]), "injected_noise"):
+        pytest.skip("this main.py has no --injected_noise")
+    lines = plan(*words)
+    assert lines[-1].split(" runs")[0].isdigit() and not [line for line in lines if line.startswith("refused")]
 
 
 # --- how each run stands ------------------------------------------------------------------------------------
