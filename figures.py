@@ -1,7 +1,8 @@
 """From recorded runs to the paper's tables and figures, beside the published numbers: figures.py RUNS_DIR --out DIR.
 
 Reads the run records only (never wandb) and trusts none of them: whatever is damaged is named and left out.
-Runs of different data set, network, lr or β never share a figure; SGD, which has no β, joins every β.
+Runs of different data set or network never share a figure, those of different lr or β only the comparison of all
+settings; SGD, which has no β, joins every β.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import matplotlib
 from converters import number
 from files import replacing
 from messages import usable_streams
-from report import page, records
+from report import comparison_page, page, records
 from report.groups import groups
 
 
@@ -51,6 +52,7 @@ def main(argv=None):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         text = page.METHOD + "".join(page.write(group, args.out) for group in groups(runs))
+        text += comparison_page.write_all(runs, args.out)
         text += "\n## what could not be read\n\n" + page.bullets(lines)
         with replacing(args.out / "report.md") as file:
             file.write(text.encode())

@@ -13,8 +13,8 @@ LARGEST = 1 << 24  # bytes of a file
 ALWAYS = ("full_gradient_norm", "accuracy")
 OF_DRAWS = ("noise_square", "delta", "delta_se", "fresh", "memory", "injected", "variance", "batchnorm_bias")
 OF_TRAINING = ("memory_noise_frozen", "staleness")  # left empty at a b that is not the run's own
-# C² is not defined for a batch of all images, its standard error not for two draws; only SHB and NSHB have two δ.
-NOWHERE = ("c_squared", "c_squared_se", "noise_scale", "delta_renamed")
+# C² is not defined for a batch of all images, a standard error not for two draws; only SHB and NSHB have two δ.
+NOWHERE = ("variance_se", "c_squared", "c_squared_se", "noise_scale", "delta_renamed")
 BEFORE = {"injected": "0", "delta_renamed": ""}  # what records hold from before there were these columns
 SHAPE = ("entries", "kurtosis", "pooled_kurtosis", "scales_kurtosis", "isotropy", "effective_rank")
 TESTED = ("rejected",)  # not known of fewer than 20 draws

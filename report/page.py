@@ -82,6 +82,12 @@ MISSING = {
     "only SHB and NSHB have a second name, and older records lack it": "delta_renamed",
     NO_BOUND: "c_squared_term k_term delta_bound bound_over_measured c_squared_greatest",
     FEW_DRAWS: "rejected",
+    "no sampling run with the same arguments": "delta delta_step paired",
+    "no sampling run with the same arguments and --sharpness": "lambda_max sharpness_step",
+    "every seed diverged": "updates",
+    "the optimizer takes none": "beta nu",
+    "the variance at the smaller b is not the larger": "noise_to_inject noise_to_inject_se",
+    "not SHB or NSHB, or not measured at the end of the sampling run": "delta_renamed",
 }
 WHY = {column: why for why, columns in MISSING.items() for column in columns.split()}
 HEADINGS = {"run_batch_size": "b", "max_minibatch_norm": "largest mini-batch gradient norm"}

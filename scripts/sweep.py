@@ -1,13 +1,15 @@
 """The paper's grid: one main.py run for each optimizer, batch size and seed, side by side on the GPUs there are.
 
-Any flag that is not listed here goes to main.py, for every run. Each run logs to RUNS_DIR/NAME.log. Ctrl-C (or
-SIGTERM) lets every run write its checkpoint; the same command goes on from there and skips what is finished. Runs
-start in the order of the lists. PYTHON names the interpreter of the runs. For several at a time on a CPU set
+Any flag that is not listed here goes to main.py, for every run. Points of the lists that differ only in what their
+optimizer does not take, as SGD no β, are one run. Each run logs to RUNS_DIR/NAME.log. Ctrl-C (or SIGTERM) lets every
+run write its checkpoint; the same command goes on from there and skips what is finished. Runs start in the order of
+the lists. PYTHON names the interpreter of the runs. For several at a time on a CPU set
 OMP_NUM_THREADS to its cores divided by their number, or they wait for one another.
 Exit status: 0 every run has ended well, 1 some have not, 2 bad argument, 130 stopped.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import shlex
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from slots import Run, last_words, tell, work  # noqa: E402
 
-from arguments import EXIT_STATUS, Parser, number, parse  # noqa: E402
+from arguments import EXIT_STATUS, Parser, number, parse, result_arguments  # noqa: E402
 from messages import UserError, say, usable_streams  # noqa: E402
 from state import read_summary, run_state  # noqa: E402
 
@@ -31,6 +33,7 @@ from state import read_summary, run_state  # noqa: E402
 LISTS = {
     "batchsize": "8 16 32 64 128 256 512 1024 2048 4096 8192",
     "seed": "0 1 2",
+    **dict.fromkeys(("lr", "beta1", "nu", "injected_noise"), ""),
     "optimizer": "sgd shb nshb",
 }
 
@@ -88,7 +91,7 @@ def grid(own: argparse.Namespace) -> list[tuple[str, ...]]:
 
 
 def expand(own: argparse.Namespace, flags: list[str]) -> list[Run]:
-    """A run for each point of the grid. Raises UserError if `flags` hold what each run has its own of."""
+    """A run for each `distinct` point of the grid. UserError if `flags` hold what each run has its own of."""
     points = grid(own)
     set_here = {"--mode", "--name", "--resume"} | {flag.partition("=")[0] for flag in points[0]}
     for flag in flags:
@@ -96,7 +99,32 @@ def expand(own: argparse.Namespace, flags: list[str]) -> list[Run]:
             lists = ", ".join(f"--{name}s" for name in LISTS)
             raise UserError(f"argument {flag}: the sweep sets it for each run; allowed are its lists, {lists}")
     begin = [os.environ.get("PYTHON") or sys.executable, str(ROOT / "main.py"), *flags, f"--mode={own.mode}"]
-    return [Run([*begin, *point, "--resume"], " ".join([own.mode, *point])) for point in points]
+    return [Run([*begin, *point, "--resume"], " ".join([own.mode, *point])) for point in distinct(own.mode, points)]
+
+
+def distinct(mode: str, points: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The points without the flags that have no say in their run, those that become the same only once.
+
+    A point that is listed twice stays twice: `plan` refuses that, as it is a slip.
+    """
+    first, found = {}, []
+    for point in points:
+        optimizer = [word for word in point if word.startswith("--optimizer=")]
+        idle = without_a_say(f"--mode={mode}", *optimizer)
+        counting = tuple(word for word in point if word.partition("=")[0] not in idle)
+        if first.setdefault(counting, point) == point:
+            found.append(counting)
+    return found
+
+
+@functools.cache
+def without_a_say(*words: str) -> set[str]:
+    """The flags that change no run of this mode and optimizer, as --beta1 for sgd; none if main.py refuses these."""
+    try:
+        args = parse([*words])
+    except UserError:
+        return set()
+    return {f"--{flag}" for flag in vars(args).keys() - result_arguments(args).keys()}
 
 
 def look(run: Run) -> None:
@@ -162,12 +190,17 @@ def pick_gpus(chosen: list[str] | None) -> list[str]:
     return chosen
 
 
-def sweep(runs: list[Run], slots: list[str], dry: bool, go_on: str) -> int:
-    """Show the plan, carry it out unless `dry`, and show what has become of it. Returns the exit status."""
+def sweep(runs: list[Run], same: int, slots: list[str], dry: bool, go_on: str) -> int:
+    """Show the plan, carry it out unless `dry`, and show what has become of it. Returns the exit status.
+
+    same: the points of the grid that are no runs of their own.
+    """
     plan(runs)
     todo = [run for run in runs if run.state in ("new", "unfinished")]
     for run in runs:
         tell(f"{run.state:12} {run}")
+    if same:
+        tell(f"dropped: {same} points that differ from another only in a flag that their optimizer does not take")
     tell(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time")
     if dry:
         return 0
@@ -197,7 +230,8 @@ def main(argv: list[str]) -> int:
         command = runs[own.task].command
         os.execvp(command[0], command)
     slots = (pick_gpus(own.gpus) or [""]) * own.jobs_per_gpu
-    return sweep(runs, slots, own.dry_run, shlex.join([str(ROOT / "scripts" / "sweep.sh"), *argv]))
+    same = len(grid(own)) - len(runs)
+    return sweep(runs, same, slots, own.dry_run, shlex.join([str(ROOT / "scripts" / "sweep.sh"), *argv]))
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def test_report_tells_the_tables_the_rules_and_the_runs(sweep):
 
 def test_a_partial_sweep_gives_partial_figures(sweep):
     made = {p.name for p in sweep[1].glob("CIFAR10_*.p*")}
-    assert made == {f"CIFAR10_ResNet20_lr0.1_beta0.9_accuracy.{kind}" for kind in ("png", "pdf")}
+    names = ("CIFAR10_ResNet20_lr0.1_beta0.9_accuracy", "CIFAR10_ResNet20_comparison")
+    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert not list(sweep[1].glob("digits*.p*"))
 
 

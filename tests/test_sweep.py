@@ -6,6 +6,7 @@ In this process, as the plan starts none. test_sweep_runs.py has the runs, test_
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -105,8 +106,7 @@ def test_lists_are_separated_by_spaces_or_commas(plan):
     ]
 
 
-def test_a_further_list_is_one_line_and_its_flag_is_main_pys_while_it_is_empty(plan, monkeypatch):
-    monkeypatch.setitem(sweep.LISTS, "lr", "")
+def test_the_flag_of_an_empty_list_is_main_pys(plan):
     one = ("normal", "--optimizers", "sgd", "--seeds", 0, "--batchsizes", 8)
     assert plan(*one, "--lr", 0.5)[0].endswith("sgd-b8-lr0.5-seed0")
     lines = plan(*one, "--lrs", "0.5 0.05")
@@ -115,11 +115,63 @@ def test_a_further_list_is_one_line_and_its_flag_is_main_pys_while_it_is_empty(p
         plan(*one, "--lrs", "0.5 0.05", "--lr", 1)
 
 
+def test_points_that_are_one_run_are_dropped_and_counted(plan):
+    words = ("normal", "--seeds", 0, "--batchsizes", 8, "--lrs", "0.1 0.01", "--beta1s", "0.5 0.9")
+    *lines, dropped, last = plan(*words)
+    names = [re.sub(r"new +normal-CIFAR100-ResNet18-(.*)-seed0", r"\1", line) for line in lines]
+    expected = []
+    for lr in ("0.1", "0.01"):
+        betas = [f"{optimizer}-b8-lr{lr}-beta{beta}" for beta in ("0.5", "0.9") for optimizer in ("shb", "nshb")]
+        expected += [f"sgd-b8-lr{lr}", *betas]
+    assert names == expected
+    assert dropped.startswith("dropped: 2 points ") and last.startswith("10 runs, 10 to do")
+    assert not any("dropped" in line for line in plan(*words[:-2]))
+
+
+def test_a_dropped_flag_is_not_on_the_command_line_of_a_run():
+    own, flags = sweep.command_line(["normal", "--seeds", "0", "--batchsizes", "8", "--beta1s", "0.5", "--epochs=3"])
+    commands = {run.command[-2]: run.command for run in sweep.expand(own, flags)}
+    assert "--beta1=0.5" not in commands["--optimizer=sgd"]
+    assert "--beta1=0.5" in commands["--optimizer=shb"] and "--epochs=3" in commands["--optimizer=shb"]
+
+
+def test_a_list_whose_flag_main_py_does_not_know_is_refused_by_main_py_and_by_it_alone(plan, monkeypatch):
+    monkeypatch.setitem(sweep.LISTS, "mu", "")
+    assert len(plan("normal")) == 100
+    with pytest.raises(arguments.UserError, match="--mu"):
+        plan("normal", "--mus", "1 2")
+
+
+def test_the_flag_of_one_optimizer_is_swept_for_that_alone(plan, monkeypatch):
+    """As ν of QHM: an optimizer that takes the flag beside three that do not."""
+    monkeypatch.setitem(arguments.OPTIMIZERS, "other", {"momentum": "beta1", "min": "min_epochs"})
+    monkeypatch.setitem(sweep.LISTS, "min_epochs", "")
+    sweep.without_a_say.cache_clear()
+    words = ("critical", "--seeds", 0, "--batchsizes", 8, "--optimizers", "sgd nshb other", "--min_epochs", 5)
+    assert plan(*words)[-1].startswith("3 runs")
+    *lines, dropped, last = plan(*words[:-2], "--min_epochss", "3 4 5")
+    sweep.without_a_say.cache_clear()
+    assert dropped.startswith("dropped: 4 points") and last.startswith("5 runs")
+    assert sum("-other-" in line for line in lines) == 3
+
+
 def test_count_is_the_size_of_the_grid(plan, capsys):
     assert sweep.main(["normal", "--count"]) == 0
     assert capsys.readouterr().out == "99\n"
     assert sweep.main(["normal", "--seeds", "0 1", "--batchsizes", "8 16 32", "--count"]) == 0
     assert capsys.readouterr().out == "18\n"
+
+
+DOCUMENTED = re.findall(r"^scripts/sweep\.sh (.+)$", (ROOT / "docs" / "experiments.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("line", [line for line in DOCUMENTED if "$" not in line])
+def test_every_sweep_of_the_docs_plans_runs_that_main_py_takes(plan, line):
+    words = shlex.split(line.partition("#")[0].replace("--dry_run", ""))
+    if "--injected_noises" in words and not hasattr(arguments.parse([]), "injected_noise"):
+        pytest.skip("this main.py has no --injected_noise")
+    lines = plan(*words)
+    assert lines[-1].split(" runs")[0].isdigit() and not [line for line in lines if line.startswith("refused")]
 
 
 # --- how each run stands ------------------------------------------------------------------------------------
@@ -193,6 +245,9 @@ BAD = [
     (["normal", "--jobs-per_gpu", "100"], "--jobs_per_gpu: got '100', allowed is a whole number from 1 to 99"),
     (["normal", "--batchsizes", "8 8"], "twice"),
     (["normal", "--batchsizes", "8 08"], "twice"),
+    (["normal", "--beta1s", "0.9 0.9"], "twice"),
+    (["normal", "--optimizers", "sgd", "--beta1s", "0.9 0.9"], "twice"),
+    (["normal", "--lrs", "0.1 1e-1"], "twice"),
     (["normal", "--name", "x"], "--name"),
     (["normal", "--resume"], "--resume"),
     (["normal", "--mode=critical"], "--mode"),
