@@ -11,7 +11,7 @@ from state import read_summary
 from utils import out_of_memory
 
 NAMES = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
-FORMAT = 3  # 1 was written after the last window had been counted, 2 held the rows of metrics.csv
+FORMAT = 4  # 1 was written after the last window had been counted, 2 held the rows of metrics.csv, 3 knew fewer files
 KEYS = {"format", "args", "step", "seconds", "files", "data_checksum"}
 
 

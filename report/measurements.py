@@ -138,15 +138,16 @@ def head(run, texts):
     return pd.DataFrame({"steps": steps.astype(int), "batchnorm": texts["batchnorm"]}).assign(**about)
 
 
-def number(texts, key, needed):
+def number(texts, key, needed, low=0):
     """Return a column of texts as float64. needed: where it must hold a number, not nothing or nan; bool or Series.
+    low: what it must not be below, where it is not one of SIGNED.
 
     ValueError that names the column where a text is none, is not finite, or is negative and cannot be.
     """
     if key not in texts:
         raise ValueError(f"it has no column {key}")
     values = pd.to_numeric(texts[key], errors="coerce").astype(float)
-    low = -HUGE if key in SIGNED else 0
+    low = -HUGE if key in SIGNED else low
     sound = values.between(low, HUGE)
     without = texts[key].isin(["", "nan"])
     sound |= without & ~pd.Series(needed, texts.index, dtype=bool)

@@ -6,13 +6,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from files import replacing
-from report import axes, budget, budget_plots, plots, tables
+from report import axes, budget, budget_plots, evidence, landscape_plots, landscapes, plots, tables
 
 METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
 
 NO_DRAWS = "no sampling run with --draws and a sound measurements.csv"
 NO_FULL = "no critical run with --full_grad_every and a sound full_gradients.csv"
 NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
+NO_SMOOTHING = "no sampling run with --smoothing and a sound landscape.csv"
+NO_SHARPNESS = "no sampling run with --sharpness and a sound landscape.csv"
 STEPS = ("steps", "constants", "published_steps", "steps_full_gradient", "constants_full_gradient")
 HISTORY = ("gradients", "runs", "crossings", "full_gradients")
 # Each figure: the function, the tables it takes, and why there is none where it returns none.
@@ -27,6 +29,8 @@ FIGURES = {
     "c_squared": (budget_plots.c_squared, ("direct",), "fewer than two b drawn at one x, with --draw_batchsizes"),
     "delta_bound": (budget_plots.delta_bound, ("delta_bound",), NO_DRAWS),
     "shape": (budget_plots.shape, ("shape",), "no sampling run with --shape and a sound shape.csv"),
+    "smoothing": (landscape_plots.smoothing, ("smoothing",), NO_SMOOTHING),
+    "sharpness": (landscape_plots.sharpness, ("sharpness",), NO_SHARPNESS),
 }
 POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
 # Beneath the title of a figure: what it shows, for who sees nothing else.
@@ -41,6 +45,10 @@ NOTES = {
     "The formula's is from the greatest measured C² and K.",
     "shape": "\nIs mini-batch noise normal, coordinate by coordinate across draws, and in how many directions does "
     "it lie? Mean and band over seeds.",
+    "smoothing": "\nLoss under the noise of a step, less the loss where its mean leads: what averaging over the noise "
+    "adds. Mean over seeds, bars ±1.96 standard errors of the draws. A probe of training images.",
+    "sharpness": "\nMean over seeds, bars ±1.96 standard errors of random vectors and batches. On a probe of training "
+    "images.",
 }
 # Each table of the report, and why there is none where it is empty. Those in FILES are written, but not shown.
 TABLES = {
@@ -55,6 +63,8 @@ TABLES = {
     "c_squared": NO_DRAWS,
     "delta_bound": NO_DRAWS,
     "shape": "no sampling run with --shape and a sound shape.csv",
+    "smoothing": NO_SMOOTHING,
+    "sharpness": NO_SHARPNESS,
 }
 FILES = ("direct", "omega_histogram", "omega_qq", "gradients", "full_gradients")
 # Why columns of a table have no value ("–"), told beneath the table.
@@ -86,6 +96,7 @@ MISSING = {
     "no sampling run with the same arguments and --sharpness": "lambda_max sharpness_step",
     "every seed diverged": "updates",
     "the optimizer takes none": "beta nu",
+    "no formula is known for this optimizer": "stable_up_to batch_sharpness_level",
     "the variance at the smaller b is not the larger": "noise_to_inject noise_to_inject_se",
     "not SHB or NSHB, or not measured at the end of the sampling run": "delta_renamed",
 }
@@ -166,7 +177,8 @@ def write(group, out):
     """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
     made, unsound = tables.measure(group)
     noise, not_in_budget = budget.measure(made, group)
-    made, unsound = made | noise, unsound | not_in_budget
+    landscape, no_landscape = landscapes.measure(group)
+    made, unsound = made | noise | landscape, unsound | not_in_budget | no_landscape
     page, lines = f"\n## {group.slug}\n", [f"{group.slug}: {len(group.runs)} runs used"]
     for name, (draw, needed, why) in FIGURES.items():
         with plt.rc_context(axes.STYLE):
@@ -176,6 +188,9 @@ def write(group, out):
                 page += f"\n![{name}]({group.slug}_{name}.png)"
             else:
                 lines.append(f"not drawn: {name}: {why}")
+    said = evidence.sentences(made)
+    if said:
+        page += f"\n\n### in words\n\n{bullets(said)}"
     for name, why in TABLES.items():
         if len(made[name]):
             page += f"\n\n### {name.replace('_', ' ')}\n\n{markdown(made[name])}"

@@ -1,0 +1,121 @@
+"""What the tables of a group say, in sentences: each with its n and its spread, none beyond the data.
+
+A sentence is made from the tables alone, as report.md and the CSV files hold them, and is left out where they say
+nothing. README.md shows those of results/; a test compares the two.
+"""
+
+import math
+
+NAMES = {"sgd": "SGD", "shb": "SHB", "nshb": "NSHB"}
+
+
+def sentences(made):
+    """Return the sentences of a Group. made: {name: DataFrame} as report.page makes it."""
+    found = [say(made) for say in (composition, flatness, solved, bounds, normality)]
+    return [sentence for sentence in found if sentence]
+
+
+def one_size(table):
+    """Return the rows of the b that most rows are of, in training mode where there is a choice."""
+    if table.empty:
+        return table
+    table = table[table["batchnorm"] == ("train" if (table["batchnorm"] == "train").any() else "eval")]
+    return table[table["run_batch_size"] == table["run_batch_size"].mode()[0]]
+
+
+def last(table):
+    """Return the rows of the greatest step that every optimizer of the table has."""
+    if table.empty:
+        return table
+    common = set.intersection(*table.groupby("optimizer", observed=True)["steps"].agg(set))
+    return table[table["steps"] == max(common)] if common else table[:0]
+
+
+def each(table, text):
+    """Return "SGD …, SHB …": `text` of each row, as a dict, behind the name of its optimizer."""
+    return ", ".join(
+        f"{NAMES.get(row['optimizer'], row['optimizer'])} {text(row)}" for row in table.to_dict("records")
+    )
+
+
+def where(table):
+    """Return "b = 128, step 1,600, n = 1 seed, 64 draws" of rows that agree in it."""
+    row = table.iloc[0]
+    seeds = f"n = {row['seeds']:g} seed{'s' if row['seeds'] > 1 else ''}"
+    draws = f", {row['draws']:g} draws" if "draws" in table else ""
+    return f"b = {row['run_batch_size']:g}, step {row['steps']:,g}, {seeds}{draws}"
+
+
+def composition(made):
+    """Of what ω consists: the share of E‖ω‖² that is this mini-batch's noise."""
+    table = last(one_size(made["budget"]))
+    if table.empty:
+        return None
+    share = each(table, lambda row: f"{100 * row['fresh_mean'] / (row['fresh_mean'] + row['memory_mean']):.3g} %")
+    delta = each(table, lambda row: f"{row['delta_mean']:.3g} ± {1.96 * row['delta_se_mean']:.1g}")
+    return (
+        f"Noise of the mini-batch in hand makes this share of E‖ω‖² ({where(table)}): {share}. The rest is what "
+        f"momentum remembers. δ measured: {delta}."
+    )
+
+
+def flatness(made):
+    """Whether b·V_b is flat in b, as the variance C²/b of the theory needs."""
+    table = one_size(made["direct"])
+    if table.empty or table["batch_size"].nunique() < 2:
+        return None
+    ends = table[table["batch_size"].isin([table["batch_size"].min(), table["batch_size"].max()])]
+    pairs = ends.sort_values("batch_size").groupby(["optimizer", "steps"], observed=True)
+    ratios = pairs["c_squared_direct_mean"].agg(lambda pair: pair.iloc[1] / pair.iloc[0])
+    errors = pairs[["c_squared_direct_mean", "c_squared_direct_se"]].apply(
+        lambda pair: math.hypot(*(pair["c_squared_direct_se"] / pair["c_squared_direct_mean"]))
+    )
+    beyond = int(((ratios - 1).abs() > 1.96 * errors * ratios).sum())
+    low, high = ends["batch_size"].min(), ends["batch_size"].max()
+    return (
+        f"C² from batches of {high:g} is {ratios.min():.3g} to {ratios.max():.3g} times C² from batches of {low:g} at "
+        f"the same weights; at {beyond} of {len(ratios)} points of optimizer and step that is more than 1.96 standard "
+        f"errors from 1."
+    )
+
+
+def solved(made):
+    """The C² solved from b* beside the measured."""
+    table = one_size(made["c_squared"])
+    table = table[table["solved_over_direct"].notna()] if len(table) else table
+    if table.empty:
+        return None
+    ratio = each(
+        table.groupby("optimizer", observed=True)["solved_over_direct"].agg(["min", "max"]).reset_index(),
+        lambda row: f"{row['min']:.2g} to {row['max']:.2g}",
+    )
+    return f"C² solved from b* is this many times the measured, over the steps: {ratio}."
+
+
+def bounds(made):
+    """How far the theory's δ lies above the measured."""
+    table = last(one_size(made["delta_bound"]))
+    table = table[table["bound_over_measured"].notna()] if len(table) else table
+    if table.empty:
+        return None
+    ratio = each(table, lambda row: f"{row['bound_over_measured']:.3g}")
+    return (
+        f"The theory's δ, with the greatest C² and K measured, is this many times the measured ({where(table)}): "
+        f"{ratio}."
+    )
+
+
+def normality(made):
+    """Whether mini-batch noise is Gaussian, and in how many directions it lies."""
+    table = last(one_size(made["shape"]))
+    table = table[table["rejected_mean"].notna()] if len(table) else table
+    if table.empty:
+        return None
+    rejected = each(table, lambda row: f"{100 * row['rejected_mean']:.2g} %")
+    rank = each(table, lambda row: f"{row['effective_rank_mean']:.3g}")
+    entries = table["entries_mean"].iloc[0]
+    return (
+        f"Across draws, D'Agostino's test at 5 % rejects this share of the coordinates ({where(table)}; a normal "
+        f"vector: 5.7 % at 64 draws): {rejected}. The noise has an effective rank of {rank} in {entries:,.0f} "
+        f"dimensions."
+    )
