@@ -154,6 +154,16 @@ def test_of_two_measurements_that_of_more_draws_counts_and_damage_is_named(tmp_p
     assert [name for name in left_out if name.startswith(folder.name)] == [f"{folder.name} (measurements.csv only)"]
 
 
+def test_delta_is_of_the_runs_own_b_and_the_mode_of_its_results(tmp_path):
+    normal(tmp_path, "sgd", 8, 0, 50.0, steps=100)
+    more = {"draws": 16, "measure_batchnorm": ["train", "eval"]}
+    folder = sampling(tmp_path, "sgd", 8, 0, 9.0, gaussian(), steps=100, **more)
+    rows = [("eval", 64, 4.0), ("train", 64, 3.0), ("eval", 8, 2.0), ("train", 8, 1.0), ("eval", 16, 5.0)]
+    rows = [{"batchnorm": mode, "batch_size": b, "delta": delta} for mode, b, delta in rows]
+    measurements(folder, [row | {"steps": 100, "draws": 16} for row in rows])
+    assert list(made(tmp_path)[0]["comparison"]["delta_mean"]) == [1.0]
+
+
 def test_a_diverged_seed_gives_nothing_but_its_number(tmp_path):
     normal(tmp_path, "sgd", 8, 0, 50.0, steps=100)
     lost = {"accuracy": 1.0, "best_accuracy": 1.0, "training_loss": 9.0, "max_gradient_norm": None}
