@@ -19,9 +19,12 @@ sys.path.insert(0, str(ROOT))
 
 import sweep  # noqa: E402
 
-from arguments import Parser, steps_per_epoch  # noqa: E402
+from arguments import steps_per_epoch  # noqa: E402
+from converters import Parser, one_of  # noqa: E402
+from datasets import DATASETS  # noqa: E402
 from files import replacing  # noqa: E402
 from messages import UserError, say, usable_streams  # noqa: E402
+from models import NETWORKS  # noqa: E402
 from state import read_summary  # noqa: E402
 
 EPS = ("2.0", "1.5", "1.2")
@@ -34,8 +37,8 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="scripts/results.sh", description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", default="CIFAR100", help="default: CIFAR100")
-    add("--model", default="ResNet20", help="default: ResNet20")
+    add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="default: CIFAR100")
+    add("--model", **one_of(*NETWORKS), default="ResNet20", help="default: ResNet20")
     add("--seeds", type=sweep.words, metavar="LIST", default=["0", "1"], help="default: 0 1")
     add(
         "--batchsizes",
@@ -53,6 +56,9 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     unknown = [part for part in own.parts or [] if part not in PARTS]
     if unknown:
         raise UserError(f"argument --parts: got {unknown[0]!r}, allowed are {', '.join(PARTS)}")
+    for b in own.batchsizes:
+        if not (b.isdecimal() and int(b)):
+            raise UserError(f"argument --batchsizes: got {b!r}, allowed are whole numbers of at least 1")
     return own
 
 
