@@ -11,7 +11,7 @@ from progress import Progress
 from training import Training
 
 CHUNK = 250  # probe images at once: a product with the Hessian holds several times what a gradient does
-BATCHES = 32  # mini-batches for batch sharpness, points for average-direction sharpness
+BATCHES = 32  # mini-batches for batch sharpness; points for average-direction sharpness, in mirrored pairs
 PRODUCTS = 30  # with the Hessian until λ_max is known, about
 KINDS = ("excess", "real", "gaussian", "isotropic", "predicted", "predicted_isotropic")
 SHARPNESS = ("lambda_max", "trace", "trace_se", "average_sharpness", "average_sharpness_se")
@@ -54,5 +54,5 @@ def measure(
             row |= smoothing(f, run.optimizer, full, draws, args.smoothing, generator, args.injected_noise)
         if args.sharpness:
             batches = run.data.draws(run.step, args.batchsize, BATCHES)
-            row |= sharpness(f, batches, delta, BATCHES, run.data.generator(PROBING, run.step))
+            row |= sharpness(f, batches, delta, BATCHES // 2, run.data.generator(PROBING, run.step))
     return row

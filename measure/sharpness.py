@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 
 from measure.draws import isotropic, length, standard_error
@@ -50,7 +50,10 @@ class Landscape:
         with unchanged(self.model, self.training):
             for x, y in self.probe:
                 self.between(VALUE * len(y))
-                total += len(y) * self.loss(self.model(x), y).item()
+                output = self.model(x)
+                if self.loss is F.cross_entropy:
+                    output = output.double()  # a mean in float32 may be off by more than what is looked for
+                total += len(y) * self.loss(output, y).item()
         return total / self.images
 
     @contextmanager
@@ -69,6 +72,15 @@ class Landscape:
         """f beside the present weights, by `displacement`, less `at`."""
         with self.moved(displacement):
             return self.value() - at
+
+    def rise_both_ways(self, displacement: list[Tensor], at: float) -> float:
+        """The mean of `rise` by `displacement` and by its mirror image.
+
+        For a symmetric law its expectation is that of `rise`, without the noise that is linear in the displacement:
+        in one direction of many, that is many times as large as what curvature adds.
+        """
+        mirrored = [-each for each in displacement]
+        return (self.rise(displacement, at) + self.rise(mirrored, at)) / 2
 
     def product(self, v: list[Tensor]) -> list[Tensor]:
         """H v, the Hessian of f times one tensor a parameter."""
@@ -105,14 +117,14 @@ class Landscape:
 
 
 def sharpness(
-    f: Landscape, batches: Iterable[Batch], delta: float, points: int, generator: torch.Generator
+    f: Landscape, batches: Iterable[Batch], delta: float, pairs: int, generator: torch.Generator
 ) -> dict[str, float]:
     """How sharp f is at the present weights; standard errors are of the random vectors and batches (measure.md, 6).
 
     batches: mini-batches B of the size of training, two or more, on which the loss and its Hessian H_B are those of
-    training. delta: length of a random displacement u, isotropic with E‖u‖² = delta²; points: how many of them,
-    at least 2. generator: of all that is random. Returns
-      lambda_max        the largest eigenvalue of H, within 0.1 %
+    training. delta: length of a random displacement u, isotropic with E‖u‖² = delta²; pairs: how many u, at least 2,
+    each taken with −u. generator: of all that is random. Returns
+      lambda_max        the largest eigenvalue of H, within 0.1 %; nan where ARPACK gives up (H zero or not finite)
       trace             tr H, with trace_se
       average_sharpness E f(x + u) − f(x), with average_sharpness_se
       batch_sharpness   E[gᵀH_B g]/E‖g‖² over the batches, with batch_sharpness_se
@@ -120,7 +132,7 @@ def sharpness(
     """
     at, start = f.value(), isotropic(f.params, 1.0, generator)
     traces = f.quadratic(signs(f.params, generator))
-    rises = np.array([f.rise(isotropic(f.params, delta, generator), at) for _ in range(points)])
+    rises = np.array([f.rise_both_ways(isotropic(f.params, delta, generator), at) for _ in range(pairs)])
     return {
         "lambda_max": largest_eigenvalue(f, start),
         "trace": float(traces.mean()),
@@ -132,7 +144,7 @@ def sharpness(
 
 
 def largest_eigenvalue(f: Landscape, start: list[Tensor]) -> float:
-    """λ_max of the Hessian of f, by Lanczos from the vector `start`."""
+    """λ_max of the Hessian of f, by Lanczos from the vector `start`; nan as in `sharpness`."""
     sizes = [p.numel() for p in f.params]
 
     def multiply(v: np.ndarray) -> np.ndarray:
@@ -143,7 +155,11 @@ def largest_eigenvalue(f: Landscape, start: list[Tensor]) -> float:
     operator = LinearOperator((sum(sizes),) * 2, matvec=multiply, dtype=np.float64)
     if sum(sizes) < 3:  # too small for Lanczos
         return float(np.linalg.eigvalsh(operator @ np.eye(sum(sizes)))[-1])
-    return float(eigsh(operator, k=1, which="LA", v0=_vector(start), tol=TOLERANCE, return_eigenvectors=False)[0])
+    options = {"k": 1, "which": "LA", "v0": _vector(start), "tol": TOLERANCE, "return_eigenvectors": False}
+    try:
+        return float(eigsh(operator, **options)[0])
+    except ArpackError:
+        return float("nan")
 
 
 def signs(like: list[Tensor], generator: torch.Generator) -> list[list[Tensor]]:

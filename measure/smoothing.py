@@ -29,8 +29,9 @@ def smoothing(
     """The excess loss under the noise of a step, under two controls, and as predicted (measure.md, section 5; ours).
 
     full: ∇f(x_t) over all images, one tensor for each of f.params. draws: M ≥ 4 gradients of mini-batches at x_t,
-    flat, as `measure.noise.budget` keeps them. points: P, from 2 to M, of each kind. injected: R, E‖u‖² = R².
-    Returns f at the points x, y, z (loss_x, loss_y, loss_z) and, with their standard errors over the P points,
+    flat, as `measure.noise.budget` keeps them. points: P, from 2 to M, of each kind; those of the controls are P/2
+    vectors (two at least), each with its mirror image. injected: R, E‖u‖² = R². Returns f at the points x, y, z
+    (loss_x, loss_y, loss_z) and, with their standard errors over the draws or the vectors,
       excess       mean f(y − ηω_i) − f(y), over the first P draws: what the whole of ω does; = displacement + real
       displacement f(z) − f(y): what momentum does, no smoothing
       real         mean f(z − ηφ_i) − f(z): what the fluctuation does
@@ -49,23 +50,24 @@ def smoothing(
         loss_y = f.value()
     with f.moved(step.drift):
         loss_z, probes = f.value(), signs(f.params, generator)
-        kinds = {"real": step.real, "gaussian": step.gaussian, "isotropic": step.isotropic}
-        rises = {
-            kind: np.array([f.rise(point(i, generator), loss_z) for i in range(points)])
-            for kind, point in kinds.items()
-        }
-        curvatures, traces = np.split(f.quadratic([*step.pairs(), *probes]), [len(draws) // 2])
+        rises = {"real": np.array([f.rise(step.real(i, generator), loss_z) for i in range(points)])}
+        for kind, draw in {"gaussian": step.gaussian, "isotropic": step.isotropic}.items():
+            vectors = range(max(2, points // 2))
+            rises[kind] = np.array([f.rise_both_ways(draw(generator), loss_z) for _ in vectors])
+        pairs = step.pairs()
+        curvatures, traces = np.split(f.quadratic([*pairs, *probes]), [len(pairs)])
     rises = {"excess": rises["real"] + loss_z - loss_y} | rises
     numbers = {"points": points, "loss_x": loss_x, "loss_y": loss_y, "loss_z": loss_z, "displacement": loss_z - loss_y}
     for kind, values in rises.items():
         numbers |= {kind: float(values.mean()), f"{kind}_se": standard_error(values)}
     per_trace, injected_per_trace = (norm**2 / (2 * step.entries) for norm in (step.norm, step.injected))
-    error = np.hypot(standard_error(curvatures) / 2, injected_per_trace * standard_error(traces))
+    per_trace_se = standard_error(np.array([squares(pair).sum().item() for pair in pairs])) / (2 * step.entries)
+    trace, trace_se = traces.mean(), standard_error(traces)
     return numbers | {
-        "predicted": float(curvatures.mean() / 2 + injected_per_trace * traces.mean()),
-        "predicted_se": float(error),
-        "predicted_isotropic": float(per_trace * traces.mean()),
-        "predicted_isotropic_se": per_trace * standard_error(traces),
+        "predicted": float(curvatures.mean() / 2 + injected_per_trace * trace),
+        "predicted_se": float(np.hypot(standard_error(curvatures) / 2, injected_per_trace * trace_se)),
+        "predicted_isotropic": float(per_trace * trace),
+        "predicted_isotropic_se": float(np.hypot(per_trace * trace_se, per_trace_se * trace)),
         "fluctuation_norm": step.norm,
     }
 
@@ -99,14 +101,14 @@ class Step:
         """−ηφ_i, of the i-th draw, with fresh injected noise."""
         return self._with_injected(self._scaled(self.draws[i] - self.full), generator)
 
-    def gaussian(self, i: int, generator: torch.Generator) -> list[Tensor]:
+    def gaussian(self, generator: torch.Generator) -> list[Tensor]:
         """Gaussian, with the covariance of −ηφ that the draws have: Σ_i ξ_i (g_i − ḡ)/√(M − 1), ξ ~ N(0, 1)."""
         xi = torch.randn(len(self.draws), generator=generator, device=generator.device).cpu()
         xi /= (len(self.draws) - 1) ** 0.5
         total = sum(x * draw for x, draw in zip(xi.tolist(), self.draws, strict=True)) - xi.sum() * self.mean
         return self._with_injected(self._scaled(total), generator)
 
-    def isotropic(self, i: int, generator: torch.Generator) -> list[Tensor]:
+    def isotropic(self, generator: torch.Generator) -> list[Tensor]:
         """Gaussian, of one scale in every direction, as long as −ηφ in the mean square."""
         return isotropic(self.params, self.norm, generator)
 
