@@ -304,7 +304,7 @@ def test_brackets_are_drawn_beside_the_curves_and_bounds_apart(tmp_path):
         assert ends == [[low * b**unit, high * b**unit] for b, (low, high) in expected.items()]
         assert len([line for line in ax.lines if line.get_marker() == 6 and len(line.get_xdata())]) == 1
     labels = fig.axes[0].get_legend_handles_labels()[1]
-    assert "by ‖∇f‖ ≤ ε, measured now and then: bracket" in labels and "measured b*, by ‖∇f‖" in labels
+    assert "bracket: steps until ‖∇f‖ ≤ ε, between two measurements" in labels and "measured b*, by ‖∇f‖" in labels
 
 
 def test_without_the_flag_nothing_of_it_is_drawn_or_shown(tmp_path, monkeypatch):
