@@ -46,8 +46,8 @@ def steps(rows, constants, published_steps, bracketed, constants_full):
                     y = theirs["steps"] * (theirs["batch_size"] if key == "sfo" else 1)
                     ax.plot(theirs["batch_size"], y, marker=".", color="0.4", lw=0.8, label="published SHB")
             mark_bounds(ax, mine, key, every)
-            mark_brackets(ax, bracketed[bracketed["optimizer"] == name], key, every)
-            mark_full_b_star(ax, bracketed, key, constants_full[constants_full["optimizer"] == name])
+            stars = constants_full[constants_full["optimizer"] == name].set_index("eps")["b_star"]
+            mark_brackets(ax, bracketed[bracketed["optimizer"] == name], key, every, stars)
             ax.set(yscale="log", title=name.upper() if key == "steps" else "")
             ax.label_outer()
     for ax, name in zip(axes[0], names, strict=True):
@@ -66,8 +66,11 @@ def mark_bounds(ax, rows, key, every):
             mark(ax, side_by_side(b, i, len(here)), row[f"{key}_mean"], label, **look)
 
 
-def mark_brackets(ax, rows, key, every):
-    """Draw one optimizer's steps by the full gradient: from after the measurement before to the first one ≤ ε."""
+def mark_brackets(ax, rows, key, every, stars):
+    """Draw one optimizer's steps by the full gradient: from after the measurement before to the first one ≤ ε.
+
+    stars: {ε: b* by it}, framed at the upper end. The brackets of one b stand side by side, so that all show.
+    """
     shown = rows[rows["steps_are"].isin(("measured", "lower bound"))]
     for b, here in shown.groupby("batch_size"):
         for i, row in enumerate(here.to_dict("records")):
@@ -76,22 +79,16 @@ def mark_brackets(ax, rows, key, every):
             if row["steps_are"] == "lower bound":
                 ax.plot(x, row[f"{key}_mean"], marker=6, ms=7, mfc="none", linestyle="", **look)
                 continue
-            ends = [[low], [high]]
-            ax.plot([x, x], ends, marker="_", ms=8, mew=1.5, lw=1.5, **look)
+            ax.plot([x, x], [low, high], marker="_", ms=8, mew=1.5, lw=1.5, **look)
             shape = {"marker": every[row["eps"]]["marker"], "ms": 4, "mfc": "white"}
             ax.plot(x, high, linestyle="", **shape, **look)
+            if row["batch_size"] == stars[row["eps"]]:
+                mark(ax, x, row[f"{key}_mean"], "measured b*, by ‖∇f‖", marker="D", ms=11, mfc="none", color="k")
     if "measured" in set(shown["steps_are"]):
-        ax.plot([], [], marker="_", ms=8, mew=1.5, color="0.3", label="by ‖∇f‖ ≤ ε, measured now and then: bracket")
+        look = {"marker": r"$\mathsf{I}$", "ms": 9, "linestyle": "", "color": "0.3"}
+        ax.plot([], [], **look, label="bracket: steps until ‖∇f‖ ≤ ε, between two measurements")
     if "lower bound" in set(shown["steps_are"]):
         ax.plot([], [], marker=6, ms=7, mfc="none", linestyle="", color="0.3", label="by ‖∇f‖: lower bound")
-
-
-def mark_full_b_star(ax, rows, key, stars):
-    """Frame the b* by the full gradient of one optimizer, at the upper end of its bracket."""
-    known = rows.set_index(["optimizer", "eps", "batch_size"])[f"{key}_mean"]
-    for star in stars.dropna(subset="b_star").to_dict("records"):
-        y = known[star["optimizer"], star["eps"], star["b_star"]]
-        mark(ax, star["b_star"], y, "measured b*, by ‖∇f‖", marker="D", ms=11, mfc="none", color="k")
 
 
 def mark_b_star(ax, rows, key, stars):

@@ -228,6 +228,16 @@ def test_a_further_eps_or_cap_gives_the_record_of_one_run_with_all(first, then, 
     assert status == 0 and " already, after " in log, log
 
 
+def test_a_larger_eps_leaves_the_last_measurement_of_a_run_that_ended_with_it(tmp_path):
+    """Of step 46, the run's last: the checkpoint is from before it was kept, and knows its answer already."""
+    argv = [*BASE, *CRITICAL, "--full_grad_every", 2, "--max_steps", 150]
+    assert child.run([*argv, "--eps", 5, 1.5], tmp_path / "whole")[0] == 0
+    assert child.run([*argv, "--eps", 1.5], tmp_path)[0] == 0
+    assert rows(tmp_path / "runs" / "r")[-1][0] == summary(tmp_path / "runs" / "r")["steps"] == 46
+    assert child.run([*argv, "--eps", 5, "--resume"], tmp_path)[0] == 0
+    assert left(tmp_path / "runs" / "r") == left(tmp_path / "whole" / "runs" / "r")
+
+
 def test_damaged_rows_are_given_up_and_then_no_new_eps_is_looked_for(whole, tmp_path):
     assert child.run([*BASE, *LONG, *EPS], tmp_path, "signal_at=100")[0] == 143
     path = tmp_path / "runs" / "r" / "full_gradients.csv"

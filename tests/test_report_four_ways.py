@@ -218,6 +218,8 @@ def damage(folder, how):
         "negative": text.replace("2.5", "-2.5"),
         "nan": text.replace("2.5", "nan"),
         "a step missing": text.replace("10,2.5\n", ""),
+        "another step": text.replace("10,2.5", "9,2.5"),
+        "the last step lost": text.replace("20,0.9\n", ""),
         "the first steps lost": text.replace("0,3.0\n10,2.5\n", ""),
         "another column": text.replace("full_gradient_norm", "norm"),
         "empty": "",
@@ -226,7 +228,11 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["cut", "negative", "nan", "a step missing", "the first steps lost", "another column", "empty"]
+    "how",
+    [
+        *("cut", "negative", "nan", "a step missing", "another step", "the first steps lost", "the last step lost"),
+        *("another column", "empty"),
+    ],
 )
 def test_a_damaged_file_is_said_and_left_out(how, tmp_path):
     runs, out, slug = tmp_path / "runs", tmp_path / "out", "CIFAR100_ResNet18_lr0.1"
@@ -261,6 +267,13 @@ def test_a_run_with_the_flag_answers_for_its_twin_without(tmp_path):
     assert steps["steps_are"].to_dict() == {1.0: "measured", 0.5: "lower bound"} and steps["steps_mean"][0.5] == 10
 
 
+def test_of_two_runs_of_one_point_the_one_that_went_furthest_answers(tmp_path):
+    full(tmp_path / "long", "sgd", 8, 0, [3.0, 2.0, 0.9], {"1.0": 5})
+    full(tmp_path / "short", "sgd", 8, 0, [3.0, 2.0], {"1.0": 5})
+    made = measured(tmp_path)[1]
+    assert list(made["full_gradients"]["steps"]) == [0, 10, 20]
+
+
 def test_a_run_that_diverged_counts_until_then_and_is_no_k(tmp_path):
     lost = {"steps": 19, "status": "diverged", "k": None}
     full(tmp_path, "sgd", 8, 0, [9.0, 0.9], {"1.0": None, "0.1": None}, **lost)
@@ -268,6 +281,7 @@ def test_a_run_that_diverged_counts_until_then_and_is_no_k(tmp_path):
     made = measured(tmp_path)[1]
     rows = made["steps_full_gradient"].set_index(["eps", "batch_size"])
     assert rows["steps_mean"][1.0, 8] == 10 and pd.isna(rows["steps_mean"][0.1, 8]) and rows["diverged"][0.1, 8] == 1
+    assert pd.isna(rows["steps_min"][0.1, 8]) and rows["steps_min"][0.1, 16] == 10
     assert tuple(made["constants"].iloc[0][["k", "k_step"]]) == (2.0, 0)
 
 
@@ -290,7 +304,7 @@ def test_brackets_are_drawn_beside_the_curves_and_bounds_apart(tmp_path):
         assert ends == [[low * b**unit, high * b**unit] for b, (low, high) in expected.items()]
         assert len([line for line in ax.lines if line.get_marker() == 6 and len(line.get_xdata())]) == 1
     labels = fig.axes[0].get_legend_handles_labels()[1]
-    assert "by ‖∇f‖ ≤ ε, measured now and then: bracket" in labels and "measured b*, by ‖∇f‖" in labels
+    assert "bracket: steps until ‖∇f‖ ≤ ε, between two measurements" in labels and "measured b*, by ‖∇f‖" in labels
 
 
 def test_without_the_flag_nothing_of_it_is_drawn_or_shown(tmp_path, monkeypatch):
