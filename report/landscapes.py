@@ -12,6 +12,7 @@ from report.records import HUGE
 SMOOTHING = ("excess", "real", "gaussian", "isotropic", "predicted", "predicted_isotropic")
 SHARPNESS = ("trace", "average_sharpness", "batch_sharpness")
 ALONE = {"smoothing": ("displacement", "fluctuation_norm", "loss_z"), "sharpness": ("lambda_max",)}
+UNKNOWN = ("lambda_max", "batch_sharpness")  # where the Hessian, or every gradient, is zero
 ESTIMATED = {"smoothing": SMOOTHING, "sharpness": SHARPNESS}  # with a standard error
 
 
@@ -43,10 +44,10 @@ def rows_of(run, texts, name):
     """Return the columns of one table from one run's file. ValueError for whatever is wrong with them."""
     rows = measurements.head(run, texts)
     for key in ESTIMATED[name]:
-        rows[key] = measurements.number(texts, key, True, low=-HUGE)
-        rows[f"{key}_se"] = measurements.number(texts, f"{key}_se", True)
+        rows[key] = measurements.number(texts, key, key not in UNKNOWN, low=-HUGE)
+        rows[f"{key}_se"] = measurements.number(texts, f"{key}_se", key not in UNKNOWN)
     for key in ALONE[name]:
-        rows[key] = measurements.number(texts, key, True, low=-HUGE)
+        rows[key] = measurements.number(texts, key, key not in UNKNOWN, low=-HUGE)
     rows["probe_images"] = measurements.number(texts, "probe_images", True)
     if rows.duplicated(["steps", "batchnorm"]).any():
         raise ValueError("a step and batchnorm is there twice")
