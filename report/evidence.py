@@ -11,8 +11,13 @@ NAMES = {"sgd": "SGD", "shb": "SHB", "nshb": "NSHB"}
 
 def sentences(made):
     """Return the sentences of a Group. made: {name: DataFrame} as report.page makes it."""
-    found = [say(made) for say in (composition, flatness, solved, bounds, normality)]
+    found = [say(made) for say in (composition, flatness, growth, solved, bounds, normality, excess, curvature)]
     return [sentence for sentence in found if sentence]
+
+
+def short(value):
+    """Return a number with three digits, or as a whole number where it has more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def one_size(table):
@@ -79,6 +84,17 @@ def flatness(made):
     )
 
 
+def growth(made):
+    """How C² changes over training, though the theory has one C² for all of it."""
+    table = one_size(made["c_squared"])
+    if table.empty or table["steps"].nunique() < 2:
+        return None
+    spans = table.groupby("optimizer", observed=True, sort=False)["c_squared_direct_mean"].agg(["min", "max"])
+    span = each(spans.reset_index(), lambda row: f"{short(row['min'])} to {short(row['max'])}")
+    steps = sorted(table["steps"].unique())
+    return f"C² measured, over steps {', '.join(f'{step:,}' for step in steps)}: {span}."
+
+
 def solved(made):
     """The C² solved from b* beside the measured."""
     table = one_size(made["c_squared"])
@@ -86,7 +102,7 @@ def solved(made):
     if table.empty:
         return None
     ratio = each(
-        table.groupby("optimizer", observed=True)["solved_over_direct"].agg(["min", "max"]).reset_index(),
+        table.groupby("optimizer", observed=True, sort=False)["solved_over_direct"].agg(["min", "max"]).reset_index(),
         lambda row: f"{row['min']:.2g} to {row['max']:.2g}",
     )
     return f"C² solved from b* is this many times the measured, over the steps: {ratio}."
@@ -112,10 +128,34 @@ def normality(made):
     if table.empty:
         return None
     rejected = each(table, lambda row: f"{100 * row['rejected_mean']:.2g} %")
-    rank = each(table, lambda row: f"{row['effective_rank_mean']:.3g}")
+    rank = each(table, lambda row: short(row["effective_rank_mean"]))
     entries = table["entries_mean"].iloc[0]
     return (
         f"Across draws, D'Agostino's test at 5 % rejects this share of the coordinates ({where(table)}; a normal "
         f"vector: 5.7 % at 64 draws): {rejected}. The noise has an effective rank of {rank} in {entries:,.0f} "
         f"dimensions."
     )
+
+
+def excess(made):
+    """Whether the noise of a step smooths: what it adds to the loss, beside the controls and the prediction."""
+    table = last(one_size(made["smoothing"]))
+    if table.empty:
+        return None
+    kinds = {"real": "real noise", "gaussian": "Gaussian of its covariance", "isotropic": "isotropic of its length"}
+    kinds |= {"predicted": "predicted from tr(HΣ)"}
+    parts = []
+    for kind, name in kinds.items():
+        said = each(table, lambda row, kind=kind: f"{row[f'{kind}_mean']:.2g} ± {1.96 * row[f'{kind}_se']:.1g}")
+        parts.append(f"{name}: {said}")
+    return f"Averaged over the noise of a step, the loss is higher by ({where(table)}) {'; '.join(parts)}."
+
+
+def curvature(made):
+    """How sharp the loss is, beside the largest curvature at which full-batch steps are stable."""
+    table = last(one_size(made["sharpness"]))
+    if table.empty:
+        return None
+    sharp = each(table, lambda row: f"{short(row['lambda_max_mean'])} of {short(row['stable_up_to'])}")
+    batch = each(table, lambda row: f"{row['batch_sharpness_mean']:.3g} ± {1.96 * row['batch_sharpness_se']:.1g}")
+    return f"λ_max, and up to where full-batch steps are stable ({where(table)}): {sharp}. Batch sharpness: {batch}."
