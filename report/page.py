@@ -173,12 +173,17 @@ def tell_budget(made):
     return lines
 
 
-def write(group, out):
-    """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
+def measure(group):
+    """Return ({name: DataFrame} of all tables of a Group, {run or file: why it was not used})."""
     made, unsound = tables.measure(group)
     noise, not_in_budget = budget.measure(made, group)
     landscape, no_landscape = landscapes.measure(group)
-    made, unsound = made | noise | landscape, unsound | not_in_budget | no_landscape
+    return made | noise | landscape, unsound | not_in_budget | no_landscape
+
+
+def write(group, out):
+    """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
+    made, unsound = measure(group)
     page, lines = f"\n## {group.slug}\n", [f"{group.slug}: {len(group.runs)} runs used"]
     for name, (draw, needed, why) in FIGURES.items():
         with plt.rc_context(axes.STYLE):

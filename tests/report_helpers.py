@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import figures
-from report import axes, budget, page, records, tables
+from report import axes, page, records
 from report.groups import groups
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +104,7 @@ def all_groups(runs_dir):
 def measured(runs_dir):
     """The one Group of the runs below runs_dir, and its tables by name."""
     (group,) = all_groups(runs_dir)
-    made = tables.measure(group)[0]
-    return group, made | budget.measure(made, group)[0]
+    return group, page.measure(group)[0]
 
 
 def steps_of(runs_dir):

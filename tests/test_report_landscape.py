@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from report_helpers import all_groups, drawn
+from report_helpers import all_groups, drawn, measured
 from test_report_budget import run, write
 
-from report import budget, evidence, landscape_plots, landscapes, tables
+from report import evidence, landscape_plots, landscapes
 
 STEPS = (0, 20, 100)
 
@@ -131,9 +131,7 @@ def test_sentences_say_what_the_tables_hold(tmp_path):
     for optimizer in ("sgd", "shb"):
         for seed in (0, 1):
             landscape(tmp_path, optimizer, seed)
-    (group,) = all_groups(tmp_path)
-    found = tables.measure(group)[0]
-    found |= budget.measure(found, group)[0] | landscapes.measure(group)[0]
+    found = measured(tmp_path)[1]
     said = evidence.sentences(found)
     row = found["budget"][(found["budget"]["optimizer"] == "shb") & (found["budget"]["steps"] == 100)].iloc[0]
     share = 100 * row["fresh_mean"] / (row["fresh_mean"] + row["memory_mean"])
