@@ -48,11 +48,11 @@ def measure(
     args, probe = run.args, list(run.data.probe(run.args.probe_images, CHUNK))
     f = Landscape(run.model, probe, training=batchnorm == "train", between=progress.before)
     row = {"probe_images": args.probe_images} | {key: None for keys in GROUPS.values() for key in keys}
-    with run.autocast():
-        if args.smoothing:
-            generator = run.data.generator(SMOOTHING, run.step)
-            row |= smoothing(f, run.optimizer, full, draws, args.smoothing, generator, args.injected_noise)
-        if args.sharpness:
-            batches = run.data.draws(run.step, args.batchsize, BATCHES)
-            row |= sharpness(f, batches, delta, BATCHES // 2, run.data.generator(PROBING, run.step))
+    # Not under autocast: bfloat16 rounds the loss by tens of times what isotropic noise does to it.
+    if args.smoothing:
+        generator = run.data.generator(SMOOTHING, run.step)
+        row |= smoothing(f, run.optimizer, full, draws, args.smoothing, generator, args.injected_noise)
+    if args.sharpness:
+        batches = run.data.draws(run.step, args.batchsize, BATCHES)
+        row |= sharpness(f, batches, delta, BATCHES // 2, run.data.generator(PROBING, run.step))
     return row

@@ -26,12 +26,12 @@ def test_the_examples_run_as_they_stand(capsys):
     names = of_a_user()
     for block in BLOCKS:
         exec(compile(block, "docs/measuring.md", "exec"), names)
-    row, found = names["row"], names["found"]
+    row, found, around = names["row"], names["found"], names["smoothed"] | names["sharp"]
     assert row["draws"] == 64 and row["batch_size"] == 32
-    assert all(isinstance(value, int | float) and np.isfinite(value) for value in row.values())
+    assert all(isinstance(value, int | float) and np.isfinite(value) for value in (row | around).values())
     assert found["all"]["trace"] == pytest.approx(row["variance"], rel=0.3)
     assert list(found) == ["all", *dict(names["model"].named_parameters())]
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_the_first_example_is_ten_lines_and_the_tables_name_what_is_returned():
@@ -42,7 +42,8 @@ def test_the_first_example_is_ten_lines_and_the_tables_name_what_is_returned():
         exec(compile(block, "docs/measuring.md", "exec"), names)
     rows = re.findall(r"^\| ([a-z_0-9, ]+) \|", (ROOT / "docs" / "measuring.md").read_text(), re.MULTILINE)
     listed = {key for row in rows for key in row.split(", ")} - {"key"}
-    assert listed == set(names["row"]) | set(names["found"]["all"])
+    returned = (names["row"], names["found"]["all"], names["smoothed"], names["sharp"])
+    assert listed == {key for numbers in returned for key in numbers}
 
 
 def test_the_folder_imports_nothing_of_this_project():

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ import child
 from test_survival import bits
 
 import data
+import landscape
+import models
 from arguments import parse
+from training import Training
 
 BASE = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 64, "--lr", 0.02, "--name", "r"]
 MANY = ["--mode", "sampling", "--steps", 0, 10, 25, 30, "--full_grad_batchsize", 500]
@@ -177,6 +181,18 @@ def test_the_landscape_is_that_of_a_slow_twin(whole):
     assert row["average_sharpness"] > 0 or abs(row["average_sharpness"]) < 4 * row["average_sharpness_se"]
 
 
+def test_the_landscape_is_measured_in_float32_whatever_training_uses(monkeypatch):
+    """The weights are the same, so all of it is. Nothing is asked of draws that were not made."""
+    monkeypatch.setattr(models, "build", lambda name, num_classes: Tiny(num_classes))
+    argv, found = [*BASE, "--device", "cpu", "--mode", "sampling", "--sharpness", "--probe_images", 40], []
+    for precision in ("default", "bf16"):
+        args = parse([*map(str, argv), "--batchsize", "10", "--precision", precision])
+        run = Training(args, make_data(60), None, None)
+        found.append(landscape.measure(run, "train", [], [], 0.1, SimpleNamespace(before=lambda cost: None)))
+    assert found[0] == found[1] and found[0]["lambda_max"] > 0
+    assert found[0]["real"] is found[0]["points"] is None
+
+
 def test_the_probe_is_the_same_at_every_step_and_for_every_optimizer():
     data = make_data(50)
     (x, y), (u, v) = list(data.probe(30, 20)), list(data.probe(30, 20))
@@ -222,8 +238,6 @@ def test_a_divergence_at_a_measured_step_is_an_ending(tmp_path):
 
 
 def test_a_long_measurement_says_how_long(monkeypatch, capsys):
-    from types import SimpleNamespace
-
     import progress
 
     clock = iter([0.0, 30.0])
