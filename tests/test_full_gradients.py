@@ -16,6 +16,9 @@ from test_survival import bits, outcome
 
 import data
 import full_gradients
+import main
+import models
+import training
 from arguments import parse
 
 BASE = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", 64, "--lr", 0.02, "--name", "r"]
@@ -281,6 +284,32 @@ def test_a_divergence_ends_the_run_with_the_rows_before_it(tmp_path):
     assert status == 3 and s["status"] == "diverged" and s["results"]["steps_to_eps_full"] == {"0.1": None}, log
     last = s["results"]["last_above_eps_full"]["0.1"]
     assert [step for step, _ in rows(tmp_path / "runs" / "r")] == list(range(last + 1))
+
+
+def test_after_a_divergence_nothing_is_measured(tmp_path, monkeypatch):
+    """Step 11 diverges, and is only seen when step 14 is read, at which ∇f would be measured."""
+    step = training.Training.eager_step
+
+    def broken(run, x, y):
+        out = step(run, x, y)
+        out[1] = float("inf") if run.step == 10 else out[1]
+        return out
+
+    monkeypatch.setattr(training.Training, "eager_step", broken)
+    monkeypatch.setattr(models, "build", lambda name, num_classes: Tiny(num_classes))
+    argv = [*BASE, *LONG, "--eps", 0.01, "--device", "cpu", "--runs_dir", tmp_path]
+    assert main.main(parse([*map(str, argv)])) == 3
+    s = summary(tmp_path / "r")
+    assert (s["steps"], s["results"]["diverged_at_step"]) == (10, 11)
+    assert [step for step, _ in rows(tmp_path / "r")] == [0, 7]
+
+
+def test_an_eps_that_only_the_running_mean_reached_is_not_reached(tmp_path):
+    argv = [*BASE, *CRITICAL, "--full_grad_every", 10, "--eps", 1.5, "--max_steps", 60]
+    assert child.run(argv, tmp_path)[0] == 0
+    s = summary(tmp_path / "runs" / "r")
+    assert s["results"]["steps_to_eps"]["1.5"] and s["results"]["steps_to_eps_full"] == {"1.5": None}
+    assert (s["status"], s["steps"]) == ("not_reached", 60)
 
 
 def test_the_flag_and_its_chunk_are_in_the_name_where_they_count():
