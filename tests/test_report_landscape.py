@@ -92,6 +92,16 @@ def test_lambda_max_may_be_unknown_and_smoothing_alone_may_be_asked_for(tmp_path
     assert len(found["smoothing"]) == 3 and found["sharpness"].empty and not left_out
 
 
+def test_runs_of_another_probe_are_not_averaged_with_most(tmp_path):
+    for seed in (0, 1):
+        landscape(tmp_path, "sgd", seed)
+    folder, _ = landscape(tmp_path, "sgd", 2, probe_images=80)
+    found, left_out = made(tmp_path)
+    reason = "it has probe_images 80, smoothing 8; most have probe_images 40, smoothing 8"
+    assert left_out == {f"{folder.name} (landscape.csv only)": reason}
+    assert set(found["smoothing"]["seeds"]) == {2}
+
+
 def largest_step(optimizer, lr, beta, curvature):
     """Where full-batch steps on curvature·x²/2 from x = 1 have come to after 2,000 of them."""
     x, m = 1.0, 0.0
