@@ -6,12 +6,14 @@ nothing. README.md shows those of results/; a test compares the two.
 
 import math
 
+import pandas as pd
+
 NAMES = {"sgd": "SGD", "shb": "SHB", "nshb": "NSHB"}
 
 
 def sentences(made):
     """Return the sentences of a Group. made: {name: DataFrame} as report.page makes it."""
-    found = [say(made) for say in (composition, flatness, growth, solved, bounds, normality, excess, curvature)]
+    found = [say(made) for say in SENTENCES]
     return [sentence for sentence in found if sentence]
 
 
@@ -108,6 +110,27 @@ def solved(made):
     return f"C² solved from b* is this many times the measured, over the steps: {ratio}."
 
 
+def published(made):
+    """The paper's C² and K, which it has from b* and not from a measurement, beside the measured."""
+    table = one_size(made["c_squared"])
+    table = table[table["published_c_squared"].notna()] if "published_c_squared" in table else table[:0]
+    if table.empty:
+        return None
+    parts = []
+    for name, rows in table.groupby("optimizer", observed=True, sort=False):
+        low, high = (short(rows["c_squared_direct_mean"].agg(of)) for of in ("min", "max"))
+        ours = low if low == high else f"{low} to {high}"
+        row = rows.iloc[0]
+        text = f"{NAMES.get(name, name)} measured C² {ours}, the paper's {short(row['published_c_squared'])}"
+        if pd.notna(row["published_k"]) and pd.notna(row["k"]):
+            text += f"; K measured {row['k']:.3g} at step {row['k_step']:,.0f}, the paper's {row['published_k']:.3g}"
+        parts.append(text)
+    steps = ", ".join(f"{step:,}" for step in sorted(table["steps"].unique()))
+    return (
+        f"Beside the published constants (b = {table['run_batch_size'].iloc[0]:g}, steps {steps}): {'; '.join(parts)}."
+    )
+
+
 def bounds(made):
     """How far the theory's δ lies above the measured."""
     table = last(one_size(made["delta_bound"]))
@@ -159,3 +182,6 @@ def curvature(made):
     sharp = each(table, lambda row: f"{short(row['lambda_max_mean'])} of {short(row['stable_up_to'])}")
     batch = each(table, lambda row: f"{row['batch_sharpness_mean']:.3g} ± {1.96 * row['batch_sharpness_se']:.1g}")
     return f"λ_max, and up to where full-batch steps are stable ({where(table)}): {sharp}. Batch sharpness: {batch}."
+
+
+SENTENCES = (composition, flatness, growth, solved, published, bounds, normality, excess, curvature)

@@ -156,6 +156,10 @@ def test_sentences_say_what_the_tables_hold(tmp_path):
         ratios.append(part[64] / part[16])
     assert f"from batches of 64 is {min(ratios):.3g} to {max(ratios):.3g} times C² from batches of 16" in flat
     assert "of 6 points" in flat
+    (beside,) = [sentence for sentence in said if sentence.startswith("Beside the published")]
+    mine = found["c_squared"][found["c_squared"]["optimizer"] == "shb"]["c_squared_direct_mean"]
+    assert f"SHB measured C² {mine.min():.3g} to {mine.max():.3g}, the paper's 25.3; K measured" in beside
+    assert beside.endswith("the paper's 1.77.")
     empty = dict.fromkeys(found, pd.DataFrame())
     assert evidence.sentences(empty) == []
 
