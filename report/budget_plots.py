@@ -112,7 +112,7 @@ def mark_whole(ax, rows, at):
     heights = rows["noise_square_max"].clip(lower=tops(rows))
     for middle, top, value in zip(x, heights, whole, strict=True):
         ax.annotate(f"{value:.3g}" if value < 1000 else f"{value:,.0f}", (middle, top), **ABOVE)
-    below = rows[rows["staleness_mean"] < 0]
+    below = rows[(rows["staleness_mean"] < 0) & (rows["memory_mean"] > 0)]  # before the first step there is none
     for middle, end in zip(
         below["steps"].map(at), below["fresh_mean"] + below["memory_noise_frozen_mean"], strict=True
     ):

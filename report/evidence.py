@@ -61,8 +61,8 @@ def composition(made):
     share = each(table, lambda row: f"{100 * row['fresh_mean'] / (row['fresh_mean'] + row['memory_mean']):.3g} %")
     delta = each(table, lambda row: f"{row['delta_mean']:.3g} ± {1.96 * row['delta_se_mean']:.1g}")
     return (
-        f"Noise of the mini-batch in hand makes this share of E‖ω‖² ({where(table)}): {share}. The rest is what "
-        f"momentum remembers. δ measured: {delta}."
+        f"Noise of the mini-batch in hand makes this share of E‖ω‖² ({where(table)}): {share}. The rest is "
+        f"‖μ‖², momentum's memory against the present gradient. δ measured: {delta}."
     )
 
 
@@ -140,7 +140,7 @@ def bounds(made):
     ratio = each(table, lambda row: f"{row['bound_over_measured']:.3g}")
     return (
         f"The theory's δ, with the greatest C² and K measured, is this many times the measured ({where(table)}): "
-        f"{ratio}."
+        f"{ratio}. SGD's is 1 by construction at the step where its C² is greatest."
     )
 
 
