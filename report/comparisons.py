@@ -54,9 +54,8 @@ def more_arguments(run):
     length: how long a normal run was to be, "20 epochs", or "5000 updates" where --max_steps ends it. ValueError for
     an argument that is unsound.
     """
-    args, found = run["args"], {"injected_noise": 0.0, "length": ""}
-    if args.get("injected_noise") is not None:  # not known to older records
-        found["injected_noise"] = six_digits(take(args, "injected_noise", (0, HUGE)))
+    args, found = run["args"], {"length": ""}
+    found["injected_noise"] = six_digits(run["args"].get("injected_noise") or 0)  # not known to older records
     found["precision"] = take(args, "precision", NAME)
     if run["mode"] == "normal":
         epochs, cap = take(args, "epochs", COUNT), args.get("max_steps")

@@ -180,8 +180,6 @@ def test_a_diverged_seed_gives_nothing_but_its_number(tmp_path):
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        ({"injected_noise": -1}, "injected_noise is -1"),
-        ({"injected_noise": "much"}, "injected_noise is 'much'"),
         ({"precision": None}, "precision is None"),
         ({"precision": "../up"}, "precision is '../up'"),
         ({"epochs": 2.5}, "epochs is 2.5"),
