@@ -138,9 +138,12 @@ def bounds(made):
     if table.empty:
         return None
     ratio = each(table, lambda row: f"{row['bound_over_measured']:.3g}")
+    closing = ""
+    if "sgd" in set(table["optimizer"]):
+        closing = " SGD's is 1 by construction at the step where its C² is greatest."
     return (
         f"The theory's δ, with the greatest C² and K measured, is this many times the measured ({where(table)}): "
-        f"{ratio}. SGD's is 1 by construction at the step where its C² is greatest."
+        f"{ratio}.{closing}"
     )
 
 

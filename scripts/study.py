@@ -12,6 +12,7 @@ import io
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,26 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         file.write(text.getvalue().encode())
 
 
+def words(report: str) -> str:
+    """What a report.md says in words, group by group, in lines as README.md has them."""
+    lines = []
+    for group in report.split("\n## ")[1:]:
+        said = group.partition("### in words\n")[2].partition("\n### ")[0]
+        if said:
+            lines += ["", f"**{group.splitlines()[0]}**"]
+        for sentence in filter(None, said.splitlines()):
+            lines += textwrap.wrap(sentence, 128, subsequent_indent="  ", break_long_words=False)
+    return "\n".join(lines[1:]) + "\n"
+
+
+def show(readme: Path, report: Path) -> None:
+    """Put the words of a report.md between the marks in README.md."""
+    before, begin, rest = readme.read_text().partition("<!-- results -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    with replacing(readme) as file:
+        file.write((before + begin + words(report.read_text()) + end + after).encode())
+
+
 def main(argv: list[str]) -> int:
     """Make the parts one after another, then the figures. Returns the exit status. Raises UserError, OSError."""
     own, status = command_line(argv), 0
@@ -166,6 +187,8 @@ def main(argv: list[str]) -> int:
         return status
     ended = subprocess.run([python, str(ROOT / "figures.py"), str(own.runs_dir), "--out", str(own.out)]).returncode
     write_csv(own.out / "cost.csv", cost(own))
+    if own.out == ROOT / "results" and not ended:
+        show(ROOT / "README.md", own.out / "report.md")
     return max(status, ended)
 
 

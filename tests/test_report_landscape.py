@@ -174,12 +174,3 @@ def test_what_is_in_results_is_what_its_records_say():
         found = {name: pd.read_csv(file) if file.exists() else pd.DataFrame() for name, file in files.items()}
         for sentence in evidence.sentences(found):
             assert sentence in text
-
-
-def test_the_readme_shows_what_the_results_say():
-    """Word for word; only line ends differ."""
-    text = (ROOT / "README.md").read_text().partition("<!-- results -->")[2].partition("<!-- end -->")[0]
-    shown = [" ".join(bullet.split()) for bullet in text.split("\n- ")[1:]]
-    words = (ROOT / "results" / "report.md").read_text().split("### in words\n")[1:]
-    said = [line.removeprefix("- ") for part in words for line in part.partition("\n### ")[0].splitlines() if line]
-    assert shown and shown == said

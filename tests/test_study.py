@@ -78,3 +78,16 @@ def test_bad_input(tmp_path):
         done = script(*argv, f"--runs_dir={tmp_path / 'runs'}", f"--out={tmp_path}")
         assert done.returncode == 2 and done.stderr.startswith("error: ") and named in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_readme_shows_what_the_results_say(tmp_path):
+    """Word for word, as `show` puts it there."""
+    report = ROOT / "results" / "report.md"
+    said = [line for line in report.read_text().splitlines() if line.startswith("- C² measured")]
+    shown = study.words(report.read_text())
+    assert said and all(sentence in " ".join(shown.split()) for sentence in said)
+    assert shown in (ROOT / "README.md").read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
+    study.show(copy, report)
+    assert copy.read_text() == f"before\n<!-- results -->\n{shown}<!-- end -->\nafter\n"
