@@ -55,6 +55,12 @@ def write_json(path: Path, content: dict) -> None:
         file.write(to_json(content))
 
 
+def write_table(path: Path, table) -> None:
+    """Write a pandas DataFrame as CSV, whole or not at all."""
+    with replacing(path) as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError if it cannot be read, ValueError if it is no file or holds none."""
     if path.exists() and not path.is_file():

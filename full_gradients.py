@@ -61,7 +61,8 @@ class FullGradients:
         if self.norm is None:
             return {}
         shown, self.norm, self.last = {"full_gradient_norm": self.norm}, None, self.run.step
-        self.run.record.append_full_gradient(shown["full_gradient_norm"], self.last)
+        record = self.run.record
+        record.append(record.full_gradients, [{"steps": self.last} | shown])
         return shown
 
     def results(self) -> dict:

@@ -126,11 +126,6 @@ class Record:
         self.owner.check_still()
         self.norms.append_norms(norms)
 
-    def append_full_gradient(self, norm: float, step: int) -> None:
-        """Add ‖∇f(x_t)‖ as measured after `step` updates."""
-        self.owner.check_still()
-        self.full_gradients.append_row({"steps": step, "full_gradient_norm": norm})
-
     def save_omega(self, omega: np.ndarray, step: int) -> None:
         """Keep ω of step `step`, flat float32, and show its histogram in wandb."""
         self.owner.check_still()

@@ -89,12 +89,12 @@ def measure_step(run: Training, shadow: Shadow | None) -> tuple[dict, dict]:
                 )
                 if b != args.batchsize:
                     known |= dict.fromkeys(OF_TRAINING)
-                row = {"batch_size": b} | {key: known.get(key) for key in BUDGET} | more
-                rows.append(head | row | {"accuracy": accuracy, "test_loss": test_loss})
+                row = head | {"batch_size": b} | {key: known.get(key) for key in BUDGET} | more
+                rows.append(row | {"accuracy": accuracy, "test_loss": test_loss})
             if args.shape:
                 shapes += [head | row for row in shape_rows(run, kept, full, progress)]
             if args.smoothing or args.sharpness:
-                delta = next(row["delta"] for row in rows[-len(sizes(args)) :] if row["batch_size"] == args.batchsize)
+                delta = [row["delta"] for row in rows if row["batch_size"] == args.batchsize][-1]
                 landscapes.append(head | landscape.measure(run, batchnorm, full, kept, delta, progress))
     finally:
         progress.bar.close()

@@ -3,8 +3,8 @@
     d_t = w g_t + memory,   ω_t = w (g_t − ∇f) + μ_t,   μ_t = memory − (1 − w) ∇f
 
 w and the memory belong to the optimizer (measure/optimizers.py); every number is of the present x_t. Where training
-adds noise u_t to d_t, ω_t includes it. Nothing here
-changes what it measures: weights, buffers, `.grad`, optimizer and random state stay as they were.
+adds noise u_t to d_t, ω_t includes it. Nothing here changes what it measures: weights, buffers, `.grad`, optimizer and
+random state stay as they were.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,9 +19,8 @@ from measure.draws import dense_gradient, estimate, flat, isotropic, length, squ
 from measure.gradients import Batch, Loss, full_gradient, gradient, trained, unchanged
 from measure.optimizers import affine, direction, frozen_gain
 
-Generators = Callable[
-    ..., torch.Generator
-]  # () that of u_t, which training adds next, (i) that of the i-th draw, i ≥ 1
+# (): that of u_t, which training adds next. (i): that of the i-th draw, i ≥ 1.
+Generators = Callable[..., torch.Generator]
 
 
 def measure(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 
-from measure.draws import isotropic, length, standard_error
+from measure.draws import estimate, isotropic, length, standard_error
 from measure.gradients import Batch, Loss, trained, unchanged
 
 PROBES = 16  # random vectors for a trace
@@ -135,10 +135,8 @@ def sharpness(
     rises = np.array([f.rise_both_ways(isotropic(f.params, delta, generator), at) for _ in range(pairs)])
     return {
         "lambda_max": largest_eigenvalue(f, start),
-        "trace": float(traces.mean()),
-        "trace_se": standard_error(traces),
-        "average_sharpness": float(rises.mean()),
-        "average_sharpness_se": standard_error(rises),
+        **estimate("trace", traces),
+        **estimate("average_sharpness", rises),
         **batch_sharpness(f, batches),
     }
 

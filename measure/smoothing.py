@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from measure.draws import isotropic, squares, standard_error
+from measure.draws import estimate, isotropic, squares, standard_error
 from measure.optimizers import affine
 from measure.sharpness import Landscape, signs
 
@@ -59,7 +59,7 @@ def smoothing(
     rises = {"excess": rises["real"] + loss_z - loss_y} | rises
     numbers = {"points": points, "loss_x": loss_x, "loss_y": loss_y, "loss_z": loss_z, "displacement": loss_z - loss_y}
     for kind, values in rises.items():
-        numbers |= {kind: float(values.mean()), f"{kind}_se": standard_error(values)}
+        numbers |= estimate(kind, values)
     per_trace, injected_per_trace = (norm**2 / (2 * step.entries) for norm in (step.norm, step.injected))
     per_trace_se = standard_error(np.array([squares(pair).sum().item() for pair in pairs])) / (2 * step.entries)
     trace, trace_se = traces.mean(), standard_error(traces)

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from files import replacing
+from files import write_table
 from report import axes, comparisons, theory
 from report.axes import nth_look
 from report.page import bullets, markdown
@@ -44,8 +44,7 @@ def write(dataset, model, runs, out):
             lines.append(f"no table: {name}: {why[name]}")
             continue
         page += f"\n### {name.replace('_', ' ')}\n\n{markdown(table)}"
-        with replacing(out / f"{slug}_{name}.csv") as file:
-            file.write(table.to_csv(index=False, lineterminator="\n").encode())
+        write_table(out / f"{slug}_{name}.csv", table)
     lost = points["normal_diverged"].sum()
     if lost:
         lines.append(f"not drawn: comparison: settings of which a seed diverged, {lost:g} seeds in all")

@@ -8,7 +8,7 @@ import math
 
 import pandas as pd
 
-NAMES = {"sgd": "SGD", "shb": "SHB", "nshb": "NSHB"}
+from report.budget_plots import of_shown_size, tops
 
 
 def sentences(made):
@@ -22,12 +22,12 @@ def short(value):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def one_size(table):
-    """Return the rows of the b that most rows are of, in training mode where there is a choice."""
-    if table.empty:
-        return table
+def rows_of(table, column):
+    """Return the rows in which `column` is known: of the b that the figures show, in training mode if there is one."""
+    if column not in table:
+        return table[:0]
     table = table[table["batchnorm"] == ("train" if (table["batchnorm"] == "train").any() else "eval")]
-    return table[table["run_batch_size"] == table["run_batch_size"].mode()[0]]
+    return of_shown_size(table[table[column].notna()]) if table[column].notna().any() else table[:0]
 
 
 def last(table):
@@ -40,9 +40,13 @@ def last(table):
 
 def each(table, text):
     """Return "SGD …, SHB …": `text` of each row, as a dict, behind the name of its optimizer."""
-    return ", ".join(
-        f"{NAMES.get(row['optimizer'], row['optimizer'])} {text(row)}" for row in table.to_dict("records")
-    )
+    return ", ".join(f"{row['optimizer'].upper()} {text(row)}" for row in table.to_dict("records"))
+
+
+def spans(table, column, form):
+    """Return "SGD … to …, SHB …": the least and the greatest of a column, of each optimizer."""
+    found = table.groupby("optimizer", observed=True, sort=False)[column].agg(["min", "max"]).reset_index()
+    return each(found, lambda row: f"{form(row['min'])} to {form(row['max'])}")
 
 
 def where(table):
@@ -55,20 +59,21 @@ def where(table):
 
 def composition(made):
     """Of what ω consists: the share of E‖ω‖² that is this mini-batch's noise."""
-    table = last(one_size(made["budget"]))
+    table = last(rows_of(made["budget"], "noise_square_mean"))
     if table.empty:
         return None
-    share = each(table, lambda row: f"{100 * row['fresh_mean'] / (row['fresh_mean'] + row['memory_mean']):.3g} %")
+    share = each(table.assign(share=100 * table["fresh_mean"] / tops(table)), lambda row: f"{row['share']:.3g} %")
+    rest = " and the noise injected" if table["injected_mean"].any() else ""
     delta = each(table, lambda row: f"{row['delta_mean']:.3g} ± {1.96 * row['delta_se_mean']:.1g}")
     return (
         f"Noise of the mini-batch in hand makes this share of E‖ω‖² ({where(table)}): {share}. The rest is "
-        f"‖μ‖², momentum's memory against the present gradient. δ measured: {delta}."
+        f"‖μ‖², momentum's memory against the present gradient{rest}. δ measured: {delta}."
     )
 
 
 def flatness(made):
     """Whether b·V_b is flat in b, as the variance C²/b of the theory needs."""
-    table = one_size(made["direct"])
+    table = rows_of(made["direct"], "c_squared_direct_mean")
     if table.empty or table["batch_size"].nunique() < 2:
         return None
     ends = table[table["batch_size"].isin([table["batch_size"].min(), table["batch_size"].max()])]
@@ -88,32 +93,29 @@ def flatness(made):
 
 def growth(made):
     """How C² changes over training, though the theory has one C² for all of it."""
-    table = one_size(made["c_squared"])
+    table = rows_of(made["c_squared"], "c_squared_direct_mean")
     if table.empty or table["steps"].nunique() < 2:
         return None
-    spans = table.groupby("optimizer", observed=True, sort=False)["c_squared_direct_mean"].agg(["min", "max"])
-    span = each(spans.reset_index(), lambda row: f"{short(row['min'])} to {short(row['max'])}")
-    steps = sorted(table["steps"].unique())
-    return f"C² measured, over steps {', '.join(f'{step:,}' for step in steps)}: {span}."
+    return f"C² measured, over steps {steps_of(table)}: {spans(table, 'c_squared_direct_mean', short)}."
+
+
+def steps_of(table):
+    """Return "0, 50, 1,600"."""
+    return ", ".join(f"{step:,}" for step in sorted(table["steps"].unique()))
 
 
 def solved(made):
     """The C² solved from b* beside the measured."""
-    table = one_size(made["c_squared"])
-    table = table[table["solved_over_direct"].notna()] if len(table) else table
+    table = rows_of(made["c_squared"], "solved_over_direct")
     if table.empty:
         return None
-    ratio = each(
-        table.groupby("optimizer", observed=True, sort=False)["solved_over_direct"].agg(["min", "max"]).reset_index(),
-        lambda row: f"{row['min']:.2g} to {row['max']:.2g}",
-    )
+    ratio = spans(table, "solved_over_direct", "{:.2g}".format)
     return f"C² solved from b* is this many times the measured, over the steps: {ratio}."
 
 
 def published(made):
     """The paper's C² and K, which it has from b* and not from a measurement, beside the measured."""
-    table = one_size(made["c_squared"])
-    table = table[table["published_c_squared"].notna()] if "published_c_squared" in table else table[:0]
+    table = rows_of(made["c_squared"], "published_c_squared")
     if table.empty:
         return None
     parts = []
@@ -121,20 +123,17 @@ def published(made):
         low, high = (short(rows["c_squared_direct_mean"].agg(of)) for of in ("min", "max"))
         ours = low if low == high else f"{low} to {high}"
         row = rows.iloc[0]
-        text = f"{NAMES.get(name, name)} measured C² {ours}, the paper's {short(row['published_c_squared'])}"
+        text = f"{name.upper()} measured C² {ours}, the paper's {short(row['published_c_squared'])}"
         if pd.notna(row["published_k"]) and pd.notna(row["k"]):
             text += f"; K measured {row['k']:.3g} at step {row['k_step']:,.0f}, the paper's {row['published_k']:.3g}"
         parts.append(text)
-    steps = ", ".join(f"{step:,}" for step in sorted(table["steps"].unique()))
-    return (
-        f"Beside the published constants (b = {table['run_batch_size'].iloc[0]:g}, steps {steps}): {'; '.join(parts)}."
-    )
+    b = table["run_batch_size"].iloc[0]
+    return f"Beside the published constants (b = {b:g}, steps {steps_of(table)}): {'; '.join(parts)}."
 
 
 def bounds(made):
     """How far the theory's δ lies above the measured."""
-    table = last(one_size(made["delta_bound"]))
-    table = table[table["bound_over_measured"].notna()] if len(table) else table
+    table = last(rows_of(made["delta_bound"], "bound_over_measured"))
     if table.empty:
         return None
     ratio = each(table, lambda row: f"{row['bound_over_measured']:.3g}")
@@ -149,8 +148,7 @@ def bounds(made):
 
 def normality(made):
     """Whether mini-batch noise is Gaussian, and in how many directions it lies."""
-    table = last(one_size(made["shape"]))
-    table = table[table["rejected_mean"].notna()] if len(table) else table
+    table = last(rows_of(made["shape"], "rejected_mean"))
     if table.empty:
         return None
     rejected = each(table, lambda row: f"{100 * row['rejected_mean']:.2g} %")
@@ -165,7 +163,7 @@ def normality(made):
 
 def excess(made):
     """Whether the noise of a step smooths: what it adds to the loss, beside the controls and the prediction."""
-    table = last(one_size(made["smoothing"]))
+    table = last(rows_of(made["smoothing"], "real_mean"))
     if table.empty:
         return None
     kinds = {"real": "real noise", "gaussian": "Gaussian of its covariance", "isotropic": "isotropic of its length"}
@@ -179,7 +177,7 @@ def excess(made):
 
 def curvature(made):
     """How sharp the loss is, beside the largest curvature at which full-batch steps are stable."""
-    table = last(one_size(made["sharpness"]))
+    table = last(rows_of(made["sharpness"], "lambda_max_mean"))
     if table.empty:
         return None
     sharp = each(table, lambda row: f"{short(row['lambda_max_mean'])} of {short(row['stable_up_to'])}")

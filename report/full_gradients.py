@@ -20,23 +20,19 @@ def read(critical):
     so many images, as most of the runs are. Of one curve, batch size and seed the first sound run stays.
     """
     asked = [run for run in critical.to_dict("records") if run["args"].get("full_grad_every") is not None]
-    usual = statistics.mode(map(setting, asked)) if asked else None
+    settings = [measurements.setting(run, "full_grad_every", "full_grad_batchsize") for run in asked]
+    usual = statistics.mode(settings) if asked else None
     found, left_out = {}, {}
-    for run in asked:
+    for run, setting in zip(asked, settings, strict=True):
         point, name = tuple(run[key] for key in POINT), f"{run['name']} (full gradient only)"
-        if setting(run) != usual:
-            left_out[name] = f"it has {setting(run)}; most have {usual}"
+        if setting != usual:
+            left_out[name] = f"it has {setting}; most have {usual}"
         elif point not in found:
             try:
                 found[point] = run_rows(run)
             except (ValueError, TypeError, OSError, csv.Error) as error:
                 left_out[name] = str(error)[:200]
     return measurements.stacked(list(found.values()), COLUMNS, critical), left_out
-
-
-def setting(run):
-    """Return the arguments in which runs must agree, as text: how often ∇f is measured, and in which chunks."""
-    return ", ".join(f"{key} {run['args'].get(key)!r:.40}" for key in ("full_grad_every", "full_grad_batchsize"))
 
 
 def run_rows(run):

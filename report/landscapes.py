@@ -24,16 +24,16 @@ def measure(group):
     the standard error of its mean, which is of the draws and random vectors and says nothing of how seeds differ.
     A table is empty where nothing was measured.
     """
-    found, left_out, usual = {"smoothing": [], "sharpness": []}, {}, ""
+    found, left_out = {"smoothing": [], "sharpness": []}, {}
     runs = group.runs[(group.runs["mode"] == "sampling") & ~group.runs["diverged"]].to_dict("records")
     runs = [run for run in runs if run["args"].get("smoothing") or run["args"].get("sharpness")]
-    if runs:
-        usual = statistics.mode(setting(run) for run in runs)
-    for run in runs:
+    settings = [measurements.setting(run, "probe_images", "smoothing") for run in runs]
+    usual = statistics.mode(settings) if runs else None
+    for run, setting in zip(runs, settings, strict=True):
         asked = {"smoothing": run["args"].get("smoothing"), "sharpness": run["args"].get("sharpness")}
         try:
-            if setting(run) != usual:
-                raise ValueError(f"it has {setting(run)}; most have {usual}")
+            if setting != usual:
+                raise ValueError(f"it has {setting}; most have {usual}")
             texts = measurements.table(run["folder"] / "landscape.csv")
             read = {name: rows_of(run, texts, name) for name in found if asked[name]}
         except (ValueError, TypeError, OSError, csv.Error) as error:
@@ -43,11 +43,6 @@ def measure(group):
             found[name].append(rows)
     made = {name: over_seeds(rows, name, group.runs) for name, rows in found.items()}
     return made | {"sharpness": with_thresholds(made["sharpness"], group)}, left_out
-
-
-def setting(run):
-    """Return what runs must agree in to be averaged, as text: which images, and how many points."""
-    return ", ".join(f"{key} {run['args'].get(key)!r:.40}" for key in ("probe_images", "smoothing"))
 
 
 def rows_of(run, texts, name):

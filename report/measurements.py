@@ -76,6 +76,11 @@ def of_one_setting(table):
     return drawn[drawn["draws"] == usual], left_out
 
 
+def setting(run, *keys):
+    """Return the arguments in which runs must agree to be averaged, of a run as a dict, as text."""
+    return ", ".join(f"{key} {run['args'].get(key)!r:.40}" for key in keys)
+
+
 def table(path):
     """Return a CSV file as a DataFrame of texts. ValueError, OSError or csv.Error where it is not whole."""
     path = Path(path)

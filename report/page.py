@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from files import replacing
+from files import write_table
 from report import axes, budget, budget_plots, evidence, landscape_plots, landscapes, plots, tables
 
 METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
@@ -203,8 +203,7 @@ def write(group, out):
             lines.append(f"no table: {name}: {why}")
     for name in (*TABLES, *FILES):
         if len(made[name]):
-            with replacing(out / f"{group.slug}_{name}.csv") as file:
-                file.write(made[name].to_csv(index=False, lineterminator="\n").encode())
+            write_table(out / f"{group.slug}_{name}.csv", made[name])
     lines += tell_runs(group, made["constants"]) + tell_budget(made)
     lines += [f"left out: {name}: {reason}" for name, reason in (group.left_out | unsound).items()]
     print(*lines, sep="\n")

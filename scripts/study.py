@@ -7,13 +7,14 @@ Exit status: 0 every part is done, 1 a part is not, 2 bad argument, 130 stopped.
 """
 
 import argparse
-import csv
-import io
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,8 +24,8 @@ import sweep  # noqa: E402
 from arguments import steps_per_epoch  # noqa: E402
 from converters import Parser, one_of  # noqa: E402
 from datasets import DATASETS  # noqa: E402
-from files import replacing  # noqa: E402
-from messages import UserError, say, usable_streams  # noqa: E402
+from files import replacing, write_table  # noqa: E402
+from messages import UserError  # noqa: E402
 from models import NETWORKS  # noqa: E402
 from state import read_summary  # noqa: E402
 
@@ -139,14 +140,15 @@ def cost(own: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows of the same keys as a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+def wait_for(command: list[str]) -> int:
+    """Run a command to its end, and return its exit status as a shell has it.
+
+    A SIGTERM goes on to it. A Ctrl-C reaches it from the terminal: the sweep then lets every run write its checkpoint.
+    """
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
+    code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def words(report: str) -> str:
@@ -179,25 +181,20 @@ def main(argv: list[str]) -> int:
         for line in lines(own, part):
             command = [python, str(ROOT / "scripts" / "sweep.py"), *line, f"--jobs_per_gpu={own.jobs_per_gpu}", *more]
             print(f"\n{part}: sweep.sh {' '.join(line)}", flush=True)
-            ended = subprocess.run(command).returncode
+            ended = wait_for(command)
             if ended not in (0, 1):
                 return ended
             status = max(status, ended)
     if own.dry_run:
         return status
-    ended = subprocess.run([python, str(ROOT / "figures.py"), str(own.runs_dir), "--out", str(own.out)]).returncode
-    write_csv(own.out / "cost.csv", cost(own))
+    ended = wait_for([python, str(ROOT / "figures.py"), str(own.runs_dir), "--out", str(own.out)])
+    write_table(own.out / "cost.csv", pd.DataFrame(cost(own)))
     if own.out == ROOT / "results" and not ended:
         show(ROOT / "README.md", own.out / "report.md")
     return max(status, ended)
 
 
 if __name__ == "__main__":
-    usable_streams()
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as error:
-        say("error", error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda signum, frame: None)  # what it waits for ends, and says so
+    sweep.as_command(main)

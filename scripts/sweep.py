@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -234,10 +235,15 @@ def main(argv: list[str]) -> int:
     return sweep(runs, same, slots, own.dry_run, shlex.join([str(ROOT / "scripts" / "sweep.sh"), *argv]))
 
 
-if __name__ == "__main__":
+def as_command(main: Callable[[list[str]], int]) -> None:
+    """End the process with what `main` makes of its arguments; a user's mistake is one line and exit status 2."""
     usable_streams()
     try:
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError) as error:
         say("error", error)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    as_command(main)

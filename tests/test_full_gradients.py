@@ -107,7 +107,11 @@ class Scripted:
         rows = [{"steps": i, "full_gradient_norm": repr(norm)} for i, norm in enumerate(norms)][:step]
         file = SimpleNamespace(rows=lambda: rows)
         self.kept = []
-        self.record = SimpleNamespace(full_gradients=file, append_full_gradient=lambda n, s: self.kept.append((s, n)))
+        self.record = SimpleNamespace(full_gradients=file, append=self.keep_rows)
+
+    def keep_rows(self, file, rows):
+        assert file is self.record.full_gradients
+        self.kept += [(row["steps"], row["full_gradient_norm"]) for row in rows]
 
     def autocast(self):
         return torch.autocast("cpu", enabled=False)

@@ -2,10 +2,13 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -42,7 +45,7 @@ def test_it_says_what_the_parts_took(tmp_path):
     rows = {row["part"]: row for row in study.cost(own)}
     assert rows["paper"] == {"part": "paper", "runs": 1, "ended": 1, "hours": "1.50"}
     assert rows["noise"]["ended"] == 0 and rows["noise"]["hours"] == "0.00"
-    study.write_csv(tmp_path / "cost.csv", list(rows.values()))
+    study.write_table(tmp_path / "cost.csv", pd.DataFrame(rows.values()))
     with open(tmp_path / "cost.csv", newline="") as file:
         assert list(csv.DictReader(file))[2] == {key: str(value) for key, value in rows["paper"].items()}
 
@@ -67,6 +70,25 @@ def test_the_script_runs_every_part_then_the_figures(tmp_path):
     assert len(sweeps) == 2 + 1 + 1 + 7 * 2 + 3
     assert figures == f"{ROOT / 'figures.py'} {tmp_path / 'runs'} --out {tmp_path}"
     assert (tmp_path / "cost.csv").is_file()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_it_waits_until_the_sweep_has_stopped_its_runs(tmp_path, signum):
+    """With a sweep that stops as the real one does. Ctrl-C, which a terminal sends to all, is sent to the group."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\ncase $1 in */study.py) exec {sys.executable} "$@";; esac\n'
+        f"trap 'echo stopped >> {tmp_path}/calls; exit 130' TERM INT\n"
+        f"echo started >> {tmp_path}/calls\nwhile :; do sleep 0.05; done\n"
+    )
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / "results.sh"), f"--runs_dir={tmp_path / 'runs'}", f"--out={tmp_path}"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)}, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "calls").exists():
+        time.sleep(0.01)
+    (process.send_signal if signum == signal.SIGTERM else lambda s: os.killpg(process.pid, s))(signum)
+    assert process.wait() == 130
+    assert (tmp_path / "calls").read_text().splitlines() == ["started", "stopped"]
 
 
 def test_bad_input(tmp_path):
