@@ -148,7 +148,7 @@ def published(args: argparse.Namespace, stage: dict, point: str, deadline: float
 # How one point of a stage is measured, and the points. The rows of a stage have the same columns.
 STAGES = {
     "tests": (tests, ["tests/test_cuda.py"]),
-    "graph": (graph, ["sgd", "shb", "nshb"]),
+    "graph": (graph, list(arguments.OPTIMIZERS)),
     "speed": (speed, [*(f"ResNet18 b={b}" for b in (8, 32, 128, 1024)), "WideResNet-28-10 b=128"]),
     "packed": (packed, ["1", "2", "4", "8"]),
     "published": (published, ["1024"]),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -29,8 +30,10 @@ from messages import UserError  # noqa: E402
 from models import NETWORKS  # noqa: E402
 from state import read_summary  # noqa: E402
 
-EPS = ("2.0", "1.5", "1.2")
-EPOCHS = 6  # what `critical` may take at most, and what `normal` takes
+EPS = ("1.15", "1.1", "1.05")  # ‖∇f‖ is 1.16 before the first update: from a greater ε on no update is needed
+NOISE_TO_INJECT = "3.1"  # √(V_64 − V_512) of SGD at step 400, by the noise part
+EPOCHS = 2  # of `normal`
+TERMINATED = []  # one entry for each SIGTERM
 DRAWN = ("--draws=64", "--draw_batchsizes", "8", "32", "512")
 
 
@@ -68,15 +71,15 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 
 def critical(own: argparse.Namespace) -> list[list[str]]:
-    """Steps to three ε for every b, at most EPOCHS epochs; the first seed with the full-gradient stop too."""
-    lines = []
-    for b in own.batchsizes:
-        cap = f"--max_steps={EPOCHS * epoch(own, b)}"
-        line = ["critical", f"--batchsizes={b}", cap, "--min_epochs=1", "--eps", *EPS]
-        first, *others = own.seeds
-        lines.append([*line, f"--seeds={first}", "--full_grad_every=1"])
-        lines += [[*line, f"--seeds={' '.join(others)}"]] if others else []
-    return lines
+    """Steps to three ε for every b, within an epoch."""
+    line = ["critical", f"--seeds={' '.join(own.seeds)}", "--min_epochs=0", "--eps", *EPS]
+    return [[*line, f"--batchsizes={b}", f"--max_steps={epoch(own, b)}"] for b in own.batchsizes]
+
+
+def stop(own: argparse.Namespace) -> list[list[str]]:
+    """The same ε by the full gradient, which is measured ten times an epoch, at one b and for half an epoch."""
+    line = ["critical", f"--seeds={own.seeds[0]}", "--batchsizes=128", "--min_epochs=0", "--eps", *EPS]
+    return [[*line, "--full_grad_every=0.1", f"--max_steps={epoch(own, '128') // 2}"]]
 
 
 def noise(own: argparse.Namespace) -> list[list[str]]:
@@ -97,15 +100,26 @@ def paper(own: argparse.Namespace) -> list[list[str]]:
     return [[*line, "--steps", "0", "100", "--draws=16"]]
 
 
+def control(own: argparse.Namespace) -> list[list[str]]:
+    """Large b with isotropic noise that makes it as noisy as a small b, and that small b, at equal epochs; their δ."""
+    line = ["normal", "--optimizers=sgd", f"--seeds={' '.join(own.seeds)}", f"--epochs={EPOCHS}"]
+    measured = ["sampling", "--optimizers=sgd", f"--seeds={own.seeds[0]}", "--draws=16", "--steps"]
+    large, small = ["--batchsizes=512", f"--injected_noises=0 {NOISE_TO_INJECT}"], ["--batchsizes=64"]
+    lines = [[*line, *large], [*line, *small]]
+    return lines + [[*measured, str(EPOCHS * epoch(own, b)), *of] for b, of in (("512", large), ("64", small))]
+
+
 def accuracy(own: argparse.Namespace) -> list[list[str]]:
-    """Test accuracy at equal epochs and at equal updates, those of b = 512; δ and sharpness after these updates."""
+    """Test accuracy at equal epochs and at equal updates, those of b = 512; δ where the runs of both ended."""
     updates, seeds = EPOCHS * epoch(own, "512"), f"--seeds={' '.join(own.seeds)}"
-    line = ["normal", "--batchsizes=512 128 32", seeds, f"--epochs={EPOCHS}"]
-    measured = ["sampling", "--batchsizes=512 128 32", seeds, "--steps", str(updates), "--draws=16", "--sharpness"]
-    return [line, [*line, f"--max_steps={updates}"], [*measured, "--probe_images=500"]]
+    line = ["normal", seeds, f"--epochs={EPOCHS}"]
+    measured = ["sampling", seeds, "--draws=16", "--steps", str(updates)]
+    lines = [[*line, "--batchsizes=512 128 32"], [*line, "--batchsizes=128 32", f"--max_steps={updates}"]]
+    lines += [[*measured, "--batchsizes=512"]]
+    return lines + [[*measured, str(EPOCHS * epoch(own, b)), f"--batchsizes={b}"] for b in ("128", "32")]
 
 
-PARTS = {each.__name__: each for each in (noise, landscape, paper, critical, accuracy)}
+PARTS = {each.__name__: each for each in (noise, landscape, paper, stop, control, critical, accuracy)}
 
 
 def epoch(own: argparse.Namespace, b: str) -> int:
@@ -141,14 +155,19 @@ def cost(own: argparse.Namespace) -> list[dict]:
 
 
 def wait_for(command: list[str]) -> int:
-    """Run a command to its end, and return its exit status as a shell has it.
+    """Run a command to its end, and return its exit status as a shell has it, or 143 if SIGTERM came before it.
 
     A SIGTERM goes on to it. A Ctrl-C reaches it from the terminal: the sweep then lets every run write its checkpoint.
     """
-    process = subprocess.Popen(command)
-    signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
-    code = process.wait()
-    return code if code >= 0 else 128 - code
+    if TERMINATED:
+        return 128 + signal.SIGTERM
+    process, told = subprocess.Popen(command), 0
+    while process.poll() is None:
+        time.sleep(0.1)
+        if told < len(TERMINATED):
+            process.terminate()
+            told += 1
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def words(report: str) -> str:
@@ -195,6 +214,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda signum, frame: TERMINATED.append(signum))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda signum, frame: None)  # what it waits for ends, and says so
     sweep.as_command(main)

@@ -116,7 +116,7 @@ def test_all_stages_are_done_once_and_told(stand, capsys):
     rows = {name: stage["rows"] for name, stage in stand.stages().items()}
     assert rows["tests"][0]["result"].startswith("1 passed")
     assert [(row["optimizer"], row["beside eager"]) for row in rows["graph"]] == [
-        (optimizer, side) for optimizer in ("sgd", "shb", "nshb") for side in ("again", "graphed")
+        (optimizer, side) for optimizer in ("sgd", "shb", "nshb", "qhm") for side in ("again", "graphed")
     ]
     for row in rows["graph"]:
         assert row["steps/s"] == pytest.approx(1)

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+import arguments
+
 sys.path.insert(0, str(ROOT / "scripts"))
 import study
 from test_sweep import record
@@ -29,13 +31,32 @@ def test_it_scales(tmp_path):
     own = study.command_line(argv)
     assert all("ResNet18" in run.label for run in study.planned(own, "critical"))
     assert len(study.planned(own, "critical")) == 2 * 3 * 3  # b, optimizers, seeds
-    assert len(study.planned(own, "accuracy")) == 3 * (3 * 3 * 3)
+    assert len(study.planned(own, "accuracy")) == 3 * 3 * (3 + 2 + 3)  # optimizers, seeds, b in its three ways
 
 
-def test_the_critical_runs_end_after_so_many_epochs(tmp_path):
+def test_the_critical_runs_end_after_an_epoch(tmp_path):
     lines = study.critical(study.command_line(["--batchsizes=16 1024", f"--runs_dir={tmp_path}"]))
-    caps = {word for line in lines for word in line if word.startswith("--max_steps")}
-    assert caps == {f"--max_steps={6 * 3125}", f"--max_steps={6 * 49}"}
+    caps = [word for line in lines for word in line if word.startswith("--max_steps")]
+    assert caps == ["--max_steps=3125", "--max_steps=49"]
+
+
+def steps_of(args):
+    """All steps at which a sampling run measures."""
+    return [*args.earlier_steps, args.steps]
+
+
+def test_delta_is_measured_where_training_ended(tmp_path):
+    """Each run of `normal` has a sampling run of its setting that measures at its last step, and at no other."""
+    for part in ("control", "accuracy"):
+        runs = study.planned(study.command_line([f"--runs_dir={tmp_path}", "--seeds=0"]), part)
+        args = [arguments.parse([word for word in run.command[2:] if word != "--resume"]) for run in runs]
+        ends, measured = set(), set()
+        for one in args:
+            setting = one.optimizer, one.batchsize, one.injected_noise
+            updates = one.max_steps or one.epochs * -(-50_000 // one.batchsize)
+            ends |= {(*setting, updates)} if one.mode == "normal" else set()
+            measured |= {(*setting, step) for step in steps_of(one)} if one.mode == "sampling" else set()
+        assert ends and ends == measured
 
 
 def test_it_says_what_the_parts_took(tmp_path):
@@ -67,7 +88,7 @@ def test_the_script_runs_every_part_then_the_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     *sweeps, figures = (tmp_path / "calls").read_text().splitlines()
     assert all(Path(line.split()[0]).name == "sweep.py" for line in sweeps)
-    assert len(sweeps) == 2 + 1 + 1 + 7 * 2 + 3
+    assert len(sweeps) == 2 + 1 + 1 + 1 + 4 + 7 + 5
     assert figures == f"{ROOT / 'figures.py'} {tmp_path / 'runs'} --out {tmp_path}"
     assert (tmp_path / "cost.csv").is_file()
 
