@@ -122,5 +122,6 @@ def save(path, fig, title):
     fig.suptitle("\n".join(lines), fontsize=10)
     for kind in ("png", "pdf"):
         with replacing(path.with_name(f"{path.name}.{kind}")) as file:
-            fig.savefig(file, format=kind, dpi=150)
+            undated = {"CreationDate": None} if kind == "pdf" else {}  # the same figure is the same file
+            fig.savefig(file, format=kind, dpi=150, metadata=undated)
     plt.close(fig)

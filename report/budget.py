@@ -22,8 +22,8 @@ def measure(made, group):
 
     made: of `tables.measure`. The tables are empty where no run has drawn. direct: C²_b, a row more per b drawn.
     """
-    rows, left_out = measurements.of_one_setting(made["measurements"].rename(columns=NAMES))
-    shapes, no_shape = measurements.of_one_setting(made["shapes"])
+    rows, left_out = measurements.of_usual_draws(made["measurements"].rename(columns=NAMES), [*KEY, "batch_size"])
+    shapes, no_shape = measurements.of_usual_draws(made["shapes"], KEY)
     if rows.empty:
         return dict.fromkeys(EMPTY, pd.DataFrame()), {}
     own = rows[rows["batch_size"] == rows["run_batch_size"]]

@@ -31,6 +31,22 @@ def of_shown_size(table):
     return table[table["run_batch_size"] == shown_size(table)]
 
 
+def rows_of(table, column):
+    """Return the rows in which `column` is known: of the b that the figures show, in training mode if there is one."""
+    if column not in table:
+        return table[:0]
+    table = table[table["batchnorm"] == ("train" if (table["batchnorm"] == "train").any() else "eval")]
+    return of_shown_size(table[table[column].notna()]) if table[column].notna().any() else table[:0]
+
+
+def last(table):
+    """Return the rows of the greatest step that every optimizer of the table has."""
+    if table.empty:
+        return table
+    common = set.intersection(*table.groupby("optimizer", observed=True)["steps"].agg(set))
+    return table[table["steps"] == max(common)] if common else table[:0]
+
+
 def panels(table, sharey, lines=1):
     """Return (Figure, [(Axes, optimizer, rows)]), a column per optimizer; lines of panels for each mode."""
     table = of_shown_size(table)

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from files import write_table
-from report import axes, comparisons, theory
+from report import axes, comparisons, evidence_of_training, theory
 from report.axes import nth_look
 from report.page import bullets, markdown
 
@@ -37,6 +37,9 @@ def write(dataset, model, runs, out):
             page += f"\n![comparison]({slug}_comparison.png)\n"
         else:
             lines.append("not drawn: comparison: fewer than two settings have an accuracy, no seed diverged")
+    said = evidence_of_training.settings(made)
+    if said:
+        page += f"\n### in words\n\n{bullets(said)}"
     why = {"comparison": "no normal run", "noise_to_inject": NO_PAIR}
     why["comparison_correlations"] = f"fewer than {comparisons.SEVERAL} settings of as many epochs or updates"
     for name, table in made.items():

@@ -96,8 +96,9 @@ def noise_scale(rows, optimizer, batchnorm):
     simple_noise_scale: mean over runs at the last of the steps; _min, _max: the least and the greatest of any step
     and run. rows: of `measurements.read`; those of each run's own b, in this BatchNorm mode, count. {} if none does.
     """
-    drawn, _ = measurements.of_one_setting(rows[rows["batchnorm"] == batchnorm])
-    own = drawn[(drawn["optimizer"] == optimizer) & (drawn["batch_size"] == drawn["run_batch_size"])]
+    own = rows[(rows["batchnorm"] == batchnorm) & (rows["batch_size"] == rows["run_batch_size"])]
+    own, _ = measurements.of_usual_draws(own, ["optimizer", "batch_size", "steps"])
+    own = own[own["optimizer"] == optimizer]
     own = own.dropna(subset="noise_scale")
     if own.empty:
         return {}

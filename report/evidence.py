@@ -1,46 +1,22 @@
 """What the tables of a group say, in sentences: each with its n and its spread, none beyond the data.
 
 A sentence is made from the tables alone, as report.md and the CSV files hold them, and is left out where they say
-nothing. README.md shows those of results/; a test compares the two.
+nothing. README.md opens with those of results/ that have a title; a test compares the two.
 """
 
 import math
 
 import pandas as pd
 
-from report.budget_plots import of_shown_size, tops
+from report.budget_plots import last, rows_of, tops
+from report.evidence_of_training import both_rules, reached
+from report.words import each, short
 
 
 def sentences(made):
-    """Return the sentences of a Group. made: {name: DataFrame} as report.page makes it."""
-    found = [say(made) for say in SENTENCES]
-    return [sentence for sentence in found if sentence]
-
-
-def short(value):
-    """Return a number with three digits, or as a whole number where it has more."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def rows_of(table, column):
-    """Return the rows in which `column` is known: of the b that the figures show, in training mode if there is one."""
-    if column not in table:
-        return table[:0]
-    table = table[table["batchnorm"] == ("train" if (table["batchnorm"] == "train").any() else "eval")]
-    return of_shown_size(table[table[column].notna()]) if table[column].notna().any() else table[:0]
-
-
-def last(table):
-    """Return the rows of the greatest step that every optimizer of the table has."""
-    if table.empty:
-        return table
-    common = set.intersection(*table.groupby("optimizer", observed=True)["steps"].agg(set))
-    return table[table["steps"] == max(common)] if common else table[:0]
-
-
-def each(table, text):
-    """Return "SGD …, SHB …": `text` of each row, as a dict, behind the name of its optimizer."""
-    return ", ".join(f"{row['optimizer'].upper()} {text(row)}" for row in table.to_dict("records"))
+    """Return the sentences of a Group, those with a title first. made: {name: DataFrame} as report.page makes it."""
+    titled = [f"**{title}** {said}" for title, say in TITLED.items() if (said := say(made))]
+    return titled + [said for say in OTHERS if (said := say(made))]
 
 
 def spans(table, column, form):
@@ -141,8 +117,7 @@ def bounds(made):
     if "sgd" in set(table["optimizer"]):
         closing = " SGD's is 1 by construction at the step where its C² is greatest."
     return (
-        f"The theory's δ, with the greatest C² and K measured, is this many times the measured ({where(table)}): "
-        f"{ratio}.{closing}"
+        f"With the greatest C² and K measured it is this many times the measured δ ({where(table)}): {ratio}.{closing}"
     )
 
 
@@ -162,17 +137,37 @@ def normality(made):
 
 
 def excess(made):
-    """Whether the noise of a step smooths: what it adds to the loss, beside the controls and the prediction."""
+    """Whether the noise of a step smooths: what it adds to the loss, beside the controls, the prediction and δ."""
     table = last(rows_of(made["smoothing"], "real_mean"))
     if table.empty:
         return None
-    kinds = {"real": "real noise", "gaussian": "Gaussian of its covariance", "isotropic": "isotropic of its length"}
-    kinds |= {"predicted": "predicted from tr(HΣ)"}
-    parts = []
-    for kind, name in kinds.items():
-        said = each(table, lambda row, kind=kind: f"{row[f'{kind}_mean']:.2g} ± {1.96 * row[f'{kind}_se']:.1g}")
-        parts.append(f"{name}: {said}")
-    return f"Averaged over the noise of a step, the loss is higher by ({where(table)}) {'; '.join(parts)}."
+    kinds = {"a Gaussian of the same covariance": "gaussian", "isotropic noise of the same length": "isotropic"}
+    kinds |= {"tr(HΣ) predicts": "predicted"}
+    controls = "; ".join(f"{name}: {each(table, with_error(kind))}" for name, kind in kinds.items())
+    text = (
+        f"Averaged over the mini-batch noise of one step, the loss of training images is higher than where the step's "
+        f"mean leads by ({where(table)}): {each(table, with_error('real'))}. {controls[0].upper()}{controls[1:]}."
+    )
+    known = made["budget"].merge(table[["optimizer", "run_batch_size", "batchnorm", "steps"]])
+    if len(known) == len(table) > 1 and table["predicted_mean"].gt(0).all():
+        factors = [values.max() / values.min() for values in (known["delta_mean"], table["predicted_mean"])]
+        text += f" Between them δ differs by a factor of {factors[0]:.3g}, tr(HΣ) η²/2 by {factors[1]:.3g}."
+    return text
+
+
+def with_error(key):
+    """Return a function for `each`: the mean of a column, ± its 95 % error."""
+    return lambda row: f"{row[f'{key}_mean']:.2g} ± {1.96 * row[f'{key}_se']:.1g}"
+
+
+def displacement(made):
+    """What momentum's memory does to the loss, which is a displacement and no smoothing."""
+    table = last(rows_of(made["smoothing"], "displacement_mean"))
+    table = table[table["displacement_mean"] != 0] if len(table) else table
+    if table.empty:
+        return None
+    moved = each(table, lambda row: f"{row['displacement_mean']:.2g}")
+    return f"Momentum's memory moves the mean of the step, and the loss there by ({where(table)}): {moved}."
 
 
 def curvature(made):
@@ -185,4 +180,11 @@ def curvature(made):
     return f"λ_max, and up to where full-batch steps are stable ({where(table)}): {sharp}. Batch sharpness: {batch}."
 
 
-SENTENCES = (composition, flatness, growth, solved, published, bounds, normality, excess, curvature)
+TITLED = {
+    "What ω is.": composition,
+    "Does it smooth?": excess,
+    "The theory's constants.": published,
+    "The theory's δ.": bounds,
+    "Critical batch sizes.": reached,
+}
+OTHERS = (displacement, curvature, both_rules, growth, flatness, solved, normality)

@@ -19,8 +19,9 @@ class Group:
 
     beta: 0 if none has any. runs: as of `records.load`, but `optimizer` is the curve, in the order of figures.
     critical: its critical runs with the settings of most, also those of one curve, batch size and seed, the one that
-    went furthest first. crossings: see there. settings: {mode: what its runs share}. left_out: {name: reason}.
-    published: {optimizer: the paper's numbers}.
+    went furthest first. sampling: likewise those that measured as most did, whatever their steps. crossings: see
+    there. settings: {mode: what its runs share}. left_out: {name: reason}. published: the paper's numbers, {optimizer:
+    {name: number}}.
     """
 
     slug: str
@@ -29,6 +30,7 @@ class Group:
     beta: float
     runs: pd.DataFrame
     critical: pd.DataFrame
+    sampling: pd.DataFrame
     crossings: pd.DataFrame
     settings: dict
     left_out: dict
@@ -69,7 +71,16 @@ def group(members, dataset, model, lr, beta):
         slug, title = f"{slug}_beta{beta:g}", f"{title}, β {beta:g}"
     paper = published.constants(dataset, model, lr, beta)
     critical = alike[alike["mode"] == "critical"]
-    return Group(slug, title, lr, beta or 0.0, kept, critical, crossings(alike), settings, left_out, paper)
+    sampling = measuring_alike(members)
+    parts = dict.fromkeys(sampling["name"], " (points and ω only)")
+    left_out = {name + parts.get(name, ""): reason for name, reason in left_out.items()}
+    return Group(slug, title, lr, beta or 0.0, kept, critical, sampling, crossings(alike), settings, left_out, paper)
+
+
+def measuring_alike(members):
+    """Return the sampling runs that agree with most in `records.MEASURING`."""
+    sampling = members[members["mode"] == "sampling"]
+    return sampling[sampling["measuring"] == statistics.mode(sampling["measuring"])] if len(sampling) else sampling
 
 
 def crossings(runs):

@@ -25,7 +25,7 @@ def measure(group):
     A table is empty where nothing was measured.
     """
     found, left_out = {"smoothing": [], "sharpness": []}, {}
-    runs = group.runs[(group.runs["mode"] == "sampling") & ~group.runs["diverged"]].to_dict("records")
+    runs = group.sampling[~group.sampling["diverged"]].to_dict("records")
     runs = [run for run in runs if run["args"].get("smoothing") or run["args"].get("sharpness")]
     settings = [measurements.setting(run, "probe_images", "smoothing") for run in runs]
     usual = statistics.mode(settings) if runs else None
@@ -64,6 +64,7 @@ def over_seeds(parts, name, runs):
     if not parts:
         return pd.DataFrame()
     rows = pd.concat(parts, ignore_index=True).astype({"optimizer": runs["optimizer"].dtype})
+    rows = rows.drop_duplicates([*KEY, "seed"])  # two runs of one seed have the same weights at the same step
     seeds = rows.groupby(KEY, observed=True)
     table = pd.DataFrame({"seeds": seeds.size(), "probe_images": seeds["probe_images"].first()})
     for key in (*ESTIMATED[name], *ALONE[name]):

@@ -1,7 +1,6 @@
 """What sampling runs measured at many steps, measurements.csv and shape.csv, as DataFrames. Trusts neither file."""
 
 import csv
-import statistics
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +32,7 @@ SHAPES = [*HEAD, "draws", *SHAPE, *TESTED]
 
 
 def read(runs):
-    """Return (rows, shapes, {run and file: why it was not used}) of the sampling runs of a Group that did not diverge.
+    """Return (rows, shapes, {run and file: why it was not used}) of the runs that sampled and did not diverge.
 
     rows: one row per run, step, BatchNorm mode and batch size, the columns ROWS; batch_size is that of the draws,
     run_batch_size that of training, draws 0 where there were none. shapes: one row per run, step and mode, of the
@@ -61,19 +60,21 @@ def stacked(tables, columns, runs):
     return whole[columns].astype({"optimizer": runs["optimizer"].dtype})
 
 
-def of_one_setting(table):
-    """Return (the rows of `table` with as many draws as most of its runs have, {run: why none of its rows is there}).
+def of_usual_draws(table, key):
+    """Return (the rows with the usual number of draws at their point, `key`, one a seed; {run: why one is not there}).
 
-    Rows without draws are never there: they say ‖∇f‖ only.
+    Usual is what most seeds have there; of equals, the most draws. Rows without draws are never there: they say ‖∇f‖
+    only.
     """
     drawn = table[table["draws"] > 0]
-    per_run = drawn.groupby("run")["draws"].first()
-    if drawn.empty:
-        return drawn, {}
-    usual = statistics.mode(per_run)
-    others = per_run[per_run != usual]
-    left_out = {f"{run} (K only)": f"it has draws {m:g}; most have {usual:g}" for run, m in others.items()}
-    return drawn[drawn["draws"] == usual], left_out
+    by_count = drawn.groupby([*key, "draws"], observed=True)["seed"].nunique().rename("seeds").reset_index()
+    usual = by_count.sort_values(["seeds", "draws"]).drop_duplicates(key, keep="last")
+    usual = drawn[key].merge(usual, how="left", on=key)["draws"].to_numpy()
+    other, twin = drawn["draws"] != usual, drawn.duplicated([*key, "seed", "draws"])
+    reasons = {f"{run} (budget only)": "same optimizer, b, seed and step as another" for run in drawn["run"][twin]}
+    for run, draws, most in zip(drawn["run"][other], drawn["draws"][other], usual[other], strict=True):
+        reasons[f"{run} (budget only)"] = f"it has draws {draws:g}; most have {most:g} there"
+    return drawn[~other & ~twin], reasons
 
 
 def setting(run, *keys):

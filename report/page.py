@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from files import write_table
-from report import axes, budget, budget_plots, evidence, landscape_plots, landscapes, plots, tables
+from report import axes, budget, budget_plots, evidence, landscape_plots, landscapes, overview, plots, tables
 
 METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
 
@@ -19,6 +19,7 @@ STEPS = ("steps", "constants", "published_steps", "steps_full_gradient", "consta
 HISTORY = ("gradients", "runs", "crossings", "full_gradients")
 # Each figure: the function, the tables it takes, and why there is none where it returns none.
 FIGURES = {
+    "overview": (overview.figure, ("overview",), NO_DRAWS),
     "steps": (plots.steps, STEPS, "fewer than two b have steps to any ε"),
     "accuracy": (plots.accuracy, ("points",), "fewer than two b have an accuracy"),
     "delta": (plots.delta, ("points",), "fewer than two b have a δ, by the formula or measured"),
@@ -35,6 +36,8 @@ FIGURES = {
 POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
 # Beneath the title of a figure: what it shows, for who sees nothing else.
 NOTES = {
+    "overview": "\nThe theory's constants beside what was measured at the same weights; means over seeds, bars ±1.96 "
+    "standard errors of the draws. Right: noise of the mini-batches beside two controls, on training images.",
     "omega": POOLED,
     "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
     "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "
@@ -46,12 +49,14 @@ NOTES = {
     "shape": "\nIs mini-batch noise normal, coordinate by coordinate across draws, and in how many directions does "
     "it lie? Mean and band over seeds.",
     "smoothing": "\nLoss under the noise of a step, less the loss where its mean leads: what averaging over the noise "
-    "adds. Mean over seeds, bars ±1.96 standard errors of the draws. A probe of training images.",
+    "adds. Each panel has its own scale. Mean over seeds, bars ±1.96 standard errors of the draws. On a probe of "
+    "training images.",
     "sharpness": "\nMean over seeds, bars ±1.96 standard errors of random vectors and batches. On a probe of training "
     "images.",
 }
 # Each table of the report, and why there is none where it is empty. Those in FILES are written, but not shown.
 TABLES = {
+    "overview": NO_DRAWS,
     "critical_batch_size": NO_STAR,
     "critical_batch_size_four_ways": "no ε has a critical batch size by any of the ways",
     "points": "no runs",
@@ -178,7 +183,8 @@ def measure(group):
     made, unsound = tables.measure(group)
     noise, not_in_budget = budget.measure(made, group)
     landscape, no_landscape = landscapes.measure(group)
-    return made | noise | landscape, unsound | not_in_budget | no_landscape
+    made |= noise | landscape
+    return made | {"overview": overview.overview(made)}, unsound | not_in_budget | no_landscape
 
 
 def write(group, out):

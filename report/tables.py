@@ -19,7 +19,7 @@ def measure(group):
     theirs = published.shb_steps(group.published)
     made["published_steps"] = theirs.reset_index()
     made["steps"] = steps(group.crossings, theirs)
-    made["measurements"], made["shapes"], unread = measurements.read(runs)
+    made["measurements"], made["shapes"], unread = measurements.read(group.sampling)
     made["full_gradients"], no_full = full_gradients.read(group.critical)
     made["steps_full_gradient"] = bracketed(full_gradients.crossings(made["full_gradients"], group.crossings))
     made["norms_for_k"] = full_gradients.norms_for_k(made["measurements"], made["full_gradients"])

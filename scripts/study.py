@@ -171,13 +171,18 @@ def wait_for(command: list[str]) -> int:
 
 
 def words(report: str) -> str:
-    """What a report.md says in words, group by group, in lines as README.md has them."""
-    lines = []
+    """The sentences with a title of a report.md, in lines as README.md has them: of each title, the last group's."""
+    found, lines = {}, []
     for group in report.split("\n## ")[1:]:
         said = group.partition("### in words\n")[2].partition("\n### ")[0]
-        if said:
-            lines += ["", f"**{group.splitlines()[0]}**"]
-        for sentence in filter(None, said.splitlines()):
+        for sentence in said.splitlines():
+            if sentence.startswith("- **"):
+                found[sentence.split("**")[1]] = (group.splitlines()[0], sentence)
+    for group in report.split("\n## ")[1:]:
+        slug = group.splitlines()[0]
+        said = [sentence for of, sentence in found.values() if of == slug]
+        lines += ["", f"{slug}:", ""] if said else []
+        for sentence in said:
             lines += textwrap.wrap(sentence, 128, subsequent_indent="  ", break_long_words=False)
     return "\n".join(lines[1:]) + "\n"
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from report_helpers import SLUG, all_groups, command, drawn, gaussian, measured, sampling, table, u_shaped
 
-from report import budget_plots, measurements, records, tables, theory
+from report import budget, budget_plots, measurements, records, tables, theory
 
 STEPS = (0, 20, 100)
 KEYS = "full_gradient_norm noise_norm noise_square delta delta_se fresh memory memory_noise_frozen staleness variance"
@@ -50,8 +50,8 @@ def run(runs, optimizer="shb", seed=0, b=64, *, modes=("train",), drawn_b=(16, 6
     """A sampling run that measured at `steps`; returns its directory and the rows of its measurements.csv."""
     args = {"draws": draws, "draw_batchsizes": list(drawn_b), "measure_batchnorm": list(modes), "shape": draws > 0}
     args |= {"earlier_steps": list(steps[:-1]), "name": f"{optimizer}-{b}-{seed}"} | more
-    norm = args.pop("norm", 0.5)
-    folder = sampling(runs, optimizer, b, seed, 1.0, gaussian(), norm=norm, steps=100, **args)
+    norm, last = args.pop("norm", 0.5), args.pop("last", 100)
+    folder = sampling(runs, optimizer, b, seed, 1.0, gaussian(), norm=norm, steps=last, **args)
     rng, rows, shapes = np.random.default_rng([seed, b, len(optimizer)]), [], []
     for step in steps:
         for mode in modes:
@@ -118,7 +118,9 @@ def test_most_runs_without_draws_are_not_what_most_runs_drew(tmp_path):
     for seed in (1, 2):
         run(tmp_path, seed=seed, draws=0)
     folder, _ = run(tmp_path, seed=0)
-    rows, left_out = measurements.of_one_setting(measurements.read(all_groups(tmp_path)[0].runs)[0])
+    rows, left_out = measurements.of_usual_draws(
+        measurements.read(all_groups(tmp_path)[0].sampling)[0], [*budget.KEY, "batch_size"]
+    )
     assert set(rows["run"]) == {folder.name} and left_out == {}
 
 
@@ -142,7 +144,8 @@ def test_runs_of_another_first_mode_are_left_out(tmp_path):
         run(tmp_path, seed=seed)
     folder, _ = run(tmp_path, seed=2, modes=("eval", "train"))
     (group,) = all_groups(tmp_path)
-    assert sorted(group.runs["seed"]) == [0, 1] and "batchnorm eval" in group.left_out[folder.name]
+    assert sorted(group.runs["seed"]) == [0, 1]
+    assert "batchnorm eval" in group.left_out[f"{folder.name} (points and ω only)"]
 
 
 def test_c_squared_two_ways_stands_beside_the_published(tmp_path):
@@ -205,10 +208,44 @@ def test_other_draws_never_share_a_curve(tmp_path):
     rows[0]["full_gradient_norm"] = 7.5
     write(folder / "measurements.csv", rows)
     done = command(tmp_path, "--out", tmp_path / "out")
-    assert f"left out: {folder.name} (K only): it has draws 64; most have 32" in done.stdout
+    assert f"left out: {folder.name} (budget only): it has draws 64; most have 32 there" in done.stdout
     assert {row["seeds"] for row in table(tmp_path / "out", "budget")} == {"2"}
     assert {row["seeds"] for row in table(tmp_path / "out", "shape")} == {"2"}
     assert {row["k"] for row in table(tmp_path / "out", "c_squared")} == {"7.5"}
+
+
+def test_a_run_of_the_same_seed_adds_the_steps_that_it_alone_measured(tmp_path):
+    """As of a study in parts: one run goes further, the other drew more."""
+    _, short = run(tmp_path, draws=64, name="short")
+    _, long = run(tmp_path, steps=(20, 100, 196), last=196, name="long")
+    found = measured(tmp_path)[1]["budget"]
+    assert list(found["steps"]) == [0, 20, 100, 196]
+    assert list(found["draws"]) == [64, 64, 64, 32] and set(found["seeds"]) == {1}
+    rows = {row["steps"]: row for row in [*long, *short] if row["batch_size"] == 64}
+    assert list(found["fresh_mean"]) == [rows[step]["fresh"] for step in found["steps"]]
+
+
+def test_usual_draws_against_a_plain_loop():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rows = [
+            {"run": f"{s}-{m}", "seed": s, "steps": t, "draws": m}
+            for s in range(3)
+            for m in (0, 16, 32, 64)
+            for t in (0, 5)
+            if rng.random() < 0.5
+        ]
+        table = pd.DataFrame(rows, columns=["run", "seed", "steps", "draws"])
+        found, left_out = measurements.of_usual_draws(table, ["steps"])
+        expected = []
+        for step in (0, 5):
+            there = [row for row in rows if row["steps"] == step and row["draws"]]
+            counts = {m: sum(row["draws"] == m for row in there) for m in (16, 32, 64)}
+            usual = max(counts, key=lambda m: (counts[m], m))
+            expected += [row for row in there if row["draws"] == usual]
+        assert sorted(map(str, found.to_dict("records"))) == sorted(map(str, expected))
+        drawn = {row["run"] for row in rows if row["draws"]}
+        assert {name.split(" ")[0] for name in left_out} >= drawn - {row["run"] for row in expected}
 
 
 def test_runs_of_other_batch_sizes_have_rows_of_their_own(tmp_path, monkeypatch, capsys):

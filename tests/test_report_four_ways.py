@@ -192,7 +192,7 @@ def test_the_four_ways_side_by_side(tmp_path, monkeypatch):
 
 def scale_rows(*rows):
     names = ["run", "optimizer", "run_batch_size", "batch_size", "steps", "batchnorm", "draws", "noise_scale"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=names).assign(seed=0)
 
 
 def test_the_noise_scale_is_that_of_the_last_step_with_the_range_of_all():

@@ -71,7 +71,10 @@ def test_a_run_that_disagrees_with_its_mode_is_left_out(tmp_path, mode, key):
     make(2)
     group, _ = measured(tmp_path)
     assert sorted(group.runs["seed"]) == [1, 2]
-    assert f"{key} 77" in group.left_out[folder.name]
+    in_part = mode == "sampling" and key in ("steps", "max_steps")  # what it measured at its steps is used
+    (name,) = group.left_out
+    assert name == folder.name + " (points and ω only)" * in_part and f"{key} 77" in group.left_out[name]
+    assert (folder.name in set(group.sampling["name"])) == in_part
 
 
 def test_a_merged_run_claims_no_step_that_was_not_checked(tmp_path):

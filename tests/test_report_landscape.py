@@ -8,7 +8,7 @@ from conftest import ROOT
 from report_helpers import all_groups, drawn, measured
 from test_report_budget import run, write
 
-from report import evidence, landscape_plots, landscapes
+from report import evidence, landscape_plots, landscapes, page
 
 STEPS = (0, 20, 100)
 
@@ -87,8 +87,8 @@ def test_lambda_max_may_be_unknown_and_smoothing_alone_may_be_asked_for(tmp_path
     folder, rows = landscape(tmp_path, "sgd")
     write(folder / "landscape.csv", [row | {"lambda_max": "nan", "batch_sharpness": "nan"} for row in rows])
     assert made(tmp_path)[0]["sharpness"]["lambda_max_mean"].isna().all()
-    landscape(tmp_path, "sgd", sharpness=False)
-    found, left_out = made(tmp_path)
+    landscape(tmp_path / "alone", "sgd", sharpness=False)
+    found, left_out = made(tmp_path / "alone")
     assert len(found["smoothing"]) == 3 and found["sharpness"].empty and not left_out
 
 
@@ -100,6 +100,16 @@ def test_runs_of_another_probe_are_not_averaged_with_most(tmp_path):
     reason = "it has probe_images 80, smoothing 8; most have probe_images 40, smoothing 8"
     assert left_out == {f"{folder.name} (landscape.csv only)": reason}
     assert set(found["smoothing"]["seeds"]) == {2}
+
+
+def test_a_run_beside_one_of_the_same_seed_that_went_further_is_used_and_only_once(tmp_path):
+    _, rows = landscape(tmp_path, "sgd")
+    run(tmp_path, "sgd", draws=64, steps=(0, 200), last=200, name="further")
+    landscape(tmp_path, "sgd", name="twin")
+    found, left_out = made(tmp_path)
+    assert not left_out and list(found["smoothing"]["steps"]) == list(STEPS)
+    assert set(found["smoothing"]["seeds"]) == {1}
+    assert list(found["smoothing"]["real_mean"]) == pytest.approx([row["real"] for row in rows])
 
 
 def largest_step(optimizer, lr, beta, curvature):
@@ -147,8 +157,8 @@ def test_sentences_say_what_the_tables_hold(tmp_path):
     share = 100 * row["fresh_mean"] / (row["fresh_mean"] + row["memory_mean"])
     assert f"SHB {share:.3g} %" in said[0] and "(b = 64, step 100, n = 2 seeds, 32 draws)" in said[0]
     row = found["smoothing"][(found["smoothing"]["optimizer"] == "sgd") & (found["smoothing"]["steps"] == 100)].iloc[0]
-    (excess,) = [sentence for sentence in said if sentence.startswith("Averaged")]
-    assert f"real noise: SGD {row['real_mean']:.2g} ± {1.96 * row['real_se']:.1g}, SHB" in excess
+    (excess,) = [sentence for sentence in said if "Averaged over" in sentence]
+    assert f"2 seeds): SGD {row['real_mean']:.2g} ± {1.96 * row['real_se']:.1g}, SHB" in excess
     (flat,) = [sentence for sentence in said if sentence.startswith("C² from")]
     direct, ratios = found["direct"], []
     for _, part in direct.groupby(["optimizer", "steps"], observed=True):
@@ -156,7 +166,7 @@ def test_sentences_say_what_the_tables_hold(tmp_path):
         ratios.append(part[64] / part[16])
     assert f"from batches of 64 is {min(ratios):.3g} to {max(ratios):.3g} times C² from batches of 16" in flat
     assert "of 6 points" in flat
-    (beside,) = [sentence for sentence in said if sentence.startswith("Beside the published")]
+    (beside,) = [sentence for sentence in said if "Beside the published" in sentence]
     mine = found["c_squared"][found["c_squared"]["optimizer"] == "shb"]["c_squared_direct_mean"]
     assert f"SHB measured C² {mine.min():.3g} to {mine.max():.3g}, the paper's 25.3; K measured" in beside
     assert beside.endswith("the paper's 1.77.")
@@ -169,8 +179,7 @@ def test_what_is_in_results_is_what_its_records_say():
     text = (ROOT / "results" / "report.md").read_text()
     for path in sorted((ROOT / "results").glob("*_budget.csv")):
         slug = path.name.removesuffix("_budget.csv")
-        names = ("budget", "direct", "c_squared", "delta_bound", "shape", "smoothing", "sharpness")
-        files = {name: path.with_name(f"{slug}_{name}.csv") for name in names}
+        files = {name: path.with_name(f"{slug}_{name}.csv") for name in (*page.TABLES, *page.FILES)}
         found = {name: pd.read_csv(file) if file.exists() else pd.DataFrame() for name, file in files.items()}
         for sentence in evidence.sentences(found):
             assert sentence in text

@@ -1,5 +1,6 @@
 """scripts/study.py: which runs the study has, that main.py takes them all, and what it says they cost."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -105,10 +106,14 @@ def test_stopped_it_waits_until_the_sweep_has_stopped_its_runs(tmp_path, signum)
     python.chmod(0o755)
     command = ["bash", str(ROOT / "scripts" / "results.sh"), f"--runs_dir={tmp_path / 'runs'}", f"--out={tmp_path}"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)}, start_new_session=True)
-    while process.poll() is None and not (tmp_path / "calls").exists():
-        time.sleep(0.01)
-    (process.send_signal if signum == signal.SIGTERM else lambda s: os.killpg(process.pid, s))(signum)
-    assert process.wait() == 130
+    try:
+        while process.poll() is None and not (tmp_path / "calls").exists():
+            time.sleep(0.01)
+        (process.send_signal if signum == signal.SIGTERM else lambda s: os.killpg(process.pid, s))(signum)
+        assert process.wait() == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "calls").read_text().splitlines() == ["started", "stopped"]
 
 
@@ -123,12 +128,20 @@ def test_bad_input(tmp_path):
         assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_of_groups_that_say_the_same_the_readme_has_the_last():
+    report = "".join(
+        f"\n## {group}\n\n### in words\n\n- **A.** {group} a.\n{more}- untitled\n\n### table\n"
+        for group, more in (("one", "- **B.** one b.\n"), ("two", "- **C.** two c.\n"))
+    )
+    assert study.words(report) == "one:\n\n- **B.** one b.\n\ntwo:\n\n- **A.** two a.\n- **C.** two c.\n"
+
+
 def test_the_readme_shows_what_the_results_say(tmp_path):
     """Word for word, as `show` puts it there."""
     report = ROOT / "results" / "report.md"
-    said = [line for line in report.read_text().splitlines() if line.startswith("- C² measured")]
+    said = [line for line in report.read_text().splitlines() if line.startswith("- **")]
     shown = study.words(report.read_text())
-    assert said and all(sentence in " ".join(shown.split()) for sentence in said)
+    assert said and all(line in " ".join(said) for line in shown.replace("\n  ", " ").splitlines() if line[:1] == "-")
     assert shown in (ROOT / "README.md").read_text()
     copy = tmp_path / "README.md"
     copy.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")

@@ -1,0 +1,43 @@
+"""Numbers in README and docs that the report does not write: each is in a file of results/."""
+
+import json
+import re
+import sys
+
+import pandas as pd
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import study
+
+
+def table(file, first):
+    """The cells of the rows of a Markdown table whose header begins with `first`."""
+    text = (ROOT / file).read_text().partition(f"\n| {first} |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_the_times_of_the_three_modes():
+    took = re.search(r"It took (\d+), (\d+) and (\d+) s", (ROOT / "results" / "quickstart.txt").read_text())
+    shown = [re.search(r"(\d+) s$", row[-1])[1] for row in table("README.md", "mode")]
+    assert shown == list(took.groups())
+
+
+def test_what_save_memory_saves():
+    rows = json.loads((ROOT / "results" / "save_memory.json").read_text())["rows"]
+    found = {(row["images_a_step"], row["side"]): row for row in rows if row["mode"] == "normal"}
+    shown = table("docs/speed.md", "b")
+    assert shown
+    for b, milliseconds, megabytes in shown:
+        ours, saving = found[int(b), "ours"], found[int(b), "saving"]
+        assert milliseconds == ", ".join(f"{1000 * row['seconds_a_step']:,.0f}" for row in (ours, saving))
+        assert megabytes == ", ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in (ours, saving))
+
+
+def test_what_has_been_done_of_the_study():
+    costs = pd.read_csv(ROOT / "results" / "cost.csv").set_index("part")
+    shown = table("docs/experiments.md", "part")
+    assert [part for part, *_ in shown] == list(costs.index) == list(study.PARTS)
+    for part, _, done, hours in shown:
+        assert done == f"{costs.ended[part]} of {costs.runs[part]}"
+        assert hours == f"{costs.hours[part]:.1f}"

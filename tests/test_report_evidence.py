@@ -1,0 +1,191 @@
+"""report/evidence_of_training.py and overview.py, against plain loops over the records."""
+
+import numpy as np
+import pytest
+from report_helpers import all_groups, critical, drawn, measured, normal, u_shaped
+from scipy import stats
+from test_report_budget import run, write
+from test_report_landscape import landscape
+
+from report import comparisons, evidence, evidence_of_training, overview, records, theory
+
+
+def of_settings(runs):
+    return evidence_of_training.settings(comparisons.measure(records.load(runs))[0])
+
+
+def test_where_the_smallest_eps_is_reached_and_b_star(tmp_path):
+    for b, n in ((16, None), (32, 40), (64, 15), (128, 14)):
+        critical(tmp_path, "shb", b, 0, {"1.0": n, "2.0": 1}, steps=n or 50, min_epochs=0)
+        critical(tmp_path, "sgd", b, 0, {"1.0": None, "2.0": 1}, steps=50, min_epochs=0)
+    said = evidence_of_training.reached(measured(tmp_path)[1])
+    assert said.startswith(
+        "The running mean of ‖g_t‖ comes to ε = 1 (n = 1 seed each) with SGD at 0 of 4 b; SHB at 3 of 4"
+    )
+    assert "SHB at 3 of 4 b: 32 (40 steps), 64 (15 steps), 128 (14 steps)." in said
+    assert "SHB b* ≤ 64 (ε = 1, running mean)" in said or "SHB b* = 64 (ε = 1, running mean)" in said
+
+
+def test_b_star_is_a_bound_where_a_smaller_b_is_undecided(tmp_path):
+    """At b = 16 it was looked for in 50 steps, 800 gradients; 15 steps at b = 64 are 960."""
+    for b, n in ((16, None), (64, 15), (128, 14)):
+        critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n or 50, min_epochs=0)
+    assert "SHB b* ≤ 64 (ε = 1, running mean)." in evidence_of_training.reached(measured(tmp_path)[1])
+
+
+def test_no_star_is_said(tmp_path):
+    for b in (16, 32):
+        critical(tmp_path, "sgd", b, 0, {"1.0": None}, steps=50, status="not_reached", min_epochs=0)
+    assert evidence_of_training.reached(measured(tmp_path)[1]).endswith("There is no b*.")
+
+
+def test_one_b_says_nothing_of_b(tmp_path):
+    critical(tmp_path, "sgd", 16, 0, {"1.0": 5}, steps=50, min_epochs=0)
+    assert evidence_of_training.reached(measured(tmp_path)[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("norms", "running", "said"),
+    [
+        ((2.0, 1.5, 0.9), 27, "11–20 and 27"),
+        ((2.0, 1.5, 1.1), None, "> 20 and > 20"),
+        ((0.9, 1.5, 1.1), 27, "none and 27"),
+    ],
+)
+def test_both_rules_side_by_side(tmp_path, norms, running, said):
+    more = {"full_grad_every": 0.1, "min_epochs": 0, "full_grad_batchsize": 100}
+    folder = critical(tmp_path, "shb", 64, 0, {"1.0": running}, steps=20 if running is None else running, **more)
+    summary = folder / "summary.json"
+    summary.write_text(summary.read_text().replace('"max_gradient', '"full_gradient_every": 10, "max_gradient'))
+    write(folder / "full_gradients.csv", [{"steps": 10 * i, "full_gradient_norm": n} for i, n in enumerate(norms)])
+    text = evidence_of_training.both_rules(measured(tmp_path)[1])
+    assert text.endswith(f"b = 64, ε = 1: SHB {said}.")
+
+
+ACCURACIES = {(512, 0.0): (10.0, 12.0), (512, 3.0): (14.0, 15.0), (64, 0.0): (20.0, 22.0)}
+ACCURACY = {setting: sum(both) / 2 for setting, both in ACCURACIES.items()}
+
+
+def settings(runs):
+    """b = 512 with and without injected noise, and b = 64; two epochs of 50,000 images, two seeds."""
+    for (b, noise), accuracies in ACCURACIES.items():
+        updates = 2 * -(-50_000 // b)
+        for seed, accuracy in enumerate(accuracies):
+            more = {"epochs": 2, "steps": updates, "injected_noise": noise}
+            normal(runs, "sgd", b, seed, accuracy, **more)
+        run(
+            runs,
+            "sgd",
+            0,
+            b,
+            steps=(0, updates),
+            last=updates,
+            drawn_b=(b,),
+            injected_noise=noise,
+            name=f"{b}-{noise}",
+        )
+
+
+def test_injected_noise_beside_the_small_batch(tmp_path):
+    settings(tmp_path)
+    made = comparisons.measure(records.load(tmp_path))[0]
+    (row,) = made["comparison"][made["comparison"]["batch_size"] == 64].to_dict("records")
+    said = evidence_of_training.settings(made)[0]
+    assert said.startswith(
+        "**Is it the noise?** SGD, 2 epochs: b = 512 with isotropic noise of norm 3 14.5 % (14 to 15,"
+    )
+    assert "; b = 512 11 % (10 to 12, n = 2; 196 updates" in said
+    assert said.endswith(f"; b = 64 21 % (20 to 22, n = 2; 1,564 updates, δ {row['delta_mean']:.3g}).")
+
+
+def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
+    settings(tmp_path)
+    made = comparisons.measure(records.load(tmp_path))[0]
+    (said,) = [text for text in evidence_of_training.settings(made) if text.startswith("Spearman")]
+    delta = made["comparison"].set_index(["batch_size", "injected_noise"])["delta_mean"]
+    ranks = [stats.rankdata([of[512, 0.0], of[512, 3.0], of[64, 0.0]]) for of in (delta, ACCURACY)]
+    rho = np.corrcoef(*ranks)[0, 1]
+    assert "at equal 2 epochs: " in said and f"{rho:.2g} with δ (3 settings)" in said
+
+
+def test_nothing_is_said_of_runs_without_noise_and_of_two_settings(tmp_path):
+    normal(tmp_path, "sgd", 64, 0, 20.0, epochs=2)
+    normal(tmp_path, "sgd", 512, 0, 10.0, epochs=2)
+    assert of_settings(tmp_path) == []
+
+
+def test_delta_and_smoothing_are_compared_over_optimizers(tmp_path):
+    rows = {o: landscape(tmp_path, o)[1][-1] for o in ("sgd", "shb")}
+    for optimizer, predicted in (("sgd", 0.2), ("shb", 0.01)):
+        (folder,) = (path.parent for path in tmp_path.glob(f"*-{optimizer}-*/landscape.csv"))
+        table = landscape_rows(folder)
+        table[-1]["predicted"] = predicted
+        write(folder / "landscape.csv", table)
+    found = measured(tmp_path)[1]
+    budget = found["budget"][found["budget"]["steps"] == 100].set_index("optimizer")["delta_mean"]
+    said = evidence.excess(found)
+    assert f"δ differs by a factor of {budget.max() / budget.min():.3g}, tr(HΣ) η²/2 by 20." in said
+    assert f"SGD {rows['sgd']['real']:.2g} ± {1.96 * rows['sgd']['real_se']:.1g}" in said
+    moved = evidence.displacement(found)
+    assert f"SGD {rows['sgd']['displacement']:.2g}, SHB {rows['shb']['displacement']:.2g}." in moved
+
+
+def landscape_rows(folder):
+    """The rows of a landscape.csv as dicts of texts."""
+    head, *lines = (line.split(",") for line in (folder / "landscape.csv").read_text().splitlines())
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_the_titled_sentences_come_first_in_the_report(tmp_path, monkeypatch):
+    for optimizer in ("sgd", "shb"):
+        landscape(tmp_path / "runs", optimizer)
+    _, text = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")
+    lines = text.partition("### in words\n")[2].partition("\n### ")[0].strip().splitlines()
+    titled = [line.startswith("- **") for line in lines]
+    assert sum(titled) >= 3 and titled == sorted(titled, reverse=True)
+    assert all_groups(tmp_path / "runs")
+
+
+def test_the_overview_has_both_ways_to_c_squared(tmp_path, monkeypatch):
+    """b* = 16 at ε = 1 gives C² = ε² b* / what the theory says; beside it the measured, of the same optimizer."""
+    for optimizer in ("sgd", "shb"):
+        landscape(tmp_path / "runs", optimizer)
+    u_shaped(tmp_path / "runs")
+    found = measured(tmp_path / "runs")[1]
+    table = found["overview"].set_index("optimizer")
+    direct = found["c_squared"].set_index(["optimizer", "steps"])["c_squared_direct_mean"]
+    for optimizer in ("sgd", "shb"):
+        row = table.loc[optimizer]
+        assert row["steps"] == row["smoothing_steps"] == 100
+        assert row["c_squared_direct"] == direct[optimizer, 100]
+        assert row["c_squared_least"] == direct[optimizer].min() and row["c_squared_most"] == direct[optimizer].max()
+        assert row["delta"] == pytest.approx(row["delta_bound"] / row["bound_over_measured"])
+        smooth = found["smoothing"].set_index(["optimizer", "steps"]).loc[(optimizer, 100)]
+        assert [row[kind] for kind in ("real", "predicted")] == [smooth["real_mean"], smooth["predicted_mean"]]
+    assert table["c_squared"]["shb"] == pytest.approx(theory.c_squared_from_b("shb", 0.1, 16, 1.0, 0.9))
+    assert table["solved_over_direct"]["shb"] == pytest.approx(table["c_squared"]["shb"] / direct["shb", 100])
+    assert np.isnan(table["c_squared"]["sgd"])
+    figures, text = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")
+    fig, _ = figures["overview"]
+    labels = fig.axes[0].get_legend_handles_labels()[1]
+    assert "C² solved from b*" in labels and len(fig.axes) == 3 and "### overview" in text
+
+
+def test_an_interval_that_reaches_to_zero_is_drawn_as_a_bound(tmp_path, monkeypatch):
+    folder, _ = landscape(tmp_path / "runs", "sgd")
+    table = landscape_rows(folder)
+    table[-1] |= {"real": 0.1, "real_se": 0.2, "gaussian": 0.3, "gaussian_se": 0.01}
+    write(folder / "landscape.csv", table)
+    fig, _ = drawn(monkeypatch, tmp_path / "runs", tmp_path / "out")[0]["overview"]
+    drawn_points = [line.get_ydata() for line in fig.axes[2].lines]
+    assert any(np.allclose(y, [0.1 + 1.96 * 0.2]) for y in drawn_points if len(y) == 1)
+    assert not any(np.allclose(y, [0.1]) for y in drawn_points if len(y) == 1)
+    assert any(np.allclose(y, [0.3]) for y in drawn_points if len(y) == 1)
+
+
+def test_an_overview_without_a_landscape_and_without_draws(tmp_path):
+    run(tmp_path / "a", "sgd")
+    found = measured(tmp_path / "a")[1]["overview"]
+    assert len(found) == 1 and "real" not in found and len(overview.figure(found).axes) == 2
+    normal(tmp_path / "b", "sgd", 64, 0, 20.0)
+    assert measured(tmp_path / "b")[1]["overview"].empty and overview.figure(found[:0]) is None
