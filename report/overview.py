@@ -56,6 +56,8 @@ def figure(table):
         ax.set_xticks(range(len(table)), table["optimizer"].str.upper())
         ax.set(yscale="log", xlim=(-0.6, len(table) - 0.4))
         ax.margins(y=0.12)
+        step = table["steps" if ax in axes[:2] else "smoothing_steps"].max()
+        ax.set_title(f"b = {table['run_batch_size'].iloc[0]:g}, step {step:,.0f}")
     variance(axes[0], table)
     smoothing(axes[1], table)
     if smoothed:
@@ -90,7 +92,7 @@ def smoothing(ax, table):
 
 
 def excess(ax, table):
-    """What one step's noise adds to the loss; where its interval reaches to zero, an upper bound."""
+    """What one step's noise adds to the loss on average; where its interval reaches to zero, an upper bound."""
     places = dict(zip(KINDS, (-0.2, 0, 0.2), strict=True))
     for kind, look in KINDS.items():
         error = 1.96 * table[f"{kind}_se"]
@@ -103,4 +105,4 @@ def excess(ax, table):
             mark(ax, x, (table[kind] + error).where(open_below), "at most: its interval reaches to zero", **bound)
     x = np.arange(len(table))
     ax.hlines(table["predicted"], x - 0.3, x + 0.1, color="k", lw=1.5, zorder=MARK - 4, label="η² tr(HΣ)/2")
-    ax.set_ylabel("loss added by the noise of a step (nats)")
+    ax.set_ylabel("excess loss (nats)")

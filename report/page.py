@@ -37,7 +37,7 @@ POOLED = "\npooled over coordinates of different scale: how one ω\nis spread ov
 # Beneath the title of a figure: what it shows, for who sees nothing else.
 NOTES = {
     "overview": "\nThe theory's constants beside what was measured at the same weights; means over seeds, bars ±1.96 "
-    "standard errors of the draws. Right: noise of the mini-batches beside two controls, on training images.",
+    "standard errors of the draws. Right: what noise adds to the loss of training images on average.",
     "omega": POOLED,
     "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
     "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "
