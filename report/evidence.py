@@ -6,11 +6,12 @@ nothing. README.md opens with those of results/ that have a title; a test compar
 
 import math
 
+import numpy as np
 import pandas as pd
 
 from report.budget_plots import last, rows_of, tops
 from report.evidence_of_training import both_rules, reached
-from report.words import each, short
+from report.words import each, of_seeds, short, with_error
 
 
 def sentences(made):
@@ -22,29 +23,49 @@ def sentences(made):
 def spans(table, column, form):
     """Return "SGD … to …, SHB …": the least and the greatest of a column, of each optimizer."""
     found = table.groupby("optimizer", observed=True, sort=False)[column].agg(["min", "max"]).reset_index()
-    return each(found, lambda row: f"{form(row['min'])} to {form(row['max'])}")
+    return each(found, lambda row: " to ".join(dict.fromkeys([form(row["min"]), form(row["max"])])))
 
 
 def where(table):
     """Return "b = 128, step 1,600, n = 1 seed, 64 draws" of rows that agree in it."""
     row = table.iloc[0]
-    seeds = f"n = {row['seeds']:g} seed{'s' if row['seeds'] > 1 else ''}"
     draws = f", {row['draws']:g} draws" if "draws" in table else ""
-    return f"b = {row['run_batch_size']:g}, step {row['steps']:,g}, {seeds}{draws}"
+    return f"b = {row['run_batch_size']:g}, step {row['steps']:,g}, {of_seeds(row['seeds'])}{draws}"
 
 
 def composition(made):
-    """Of what ω consists: the share of E‖ω‖² that is this mini-batch's noise."""
-    table = last(rows_of(made["budget"], "noise_square_mean"))
+    """Of what ω consists: the share of E‖ω‖² that is this mini-batch's noise, and δ."""
+    every = rows_of(made["budget"], "noise_square_mean")
+    table = last(every)
     if table.empty:
         return None
-    share = each(table.assign(share=100 * table["fresh_mean"] / tops(table)), lambda row: f"{row['share']:.3g} %")
+    others = every[(every["steps"] != table["steps"].iloc[0]) & (every["steps"] > 0)]
+    text = f"Noise of the mini-batch in hand makes this share of E‖ω‖² ({where(table)}): {each(table, share)}."
+    if len(others):
+        text += (
+            f" At steps {steps_of(others)}: {spans(others.assign(share=shares(others)), 'share', '{:.0f} %'.format)}."
+        )
     rest = " and the noise injected" if table["injected_mean"].any() else ""
-    delta = each(table, lambda row: f"{row['delta_mean']:.3g} ± {1.96 * row['delta_se_mean']:.1g}")
+    delta = each(table, lambda row: with_error(row["delta_mean"], row["delta_se_mean"] / math.sqrt(row["seeds"])))
     return (
-        f"Noise of the mini-batch in hand makes this share of E‖ω‖² ({where(table)}): {share}. The rest is "
-        f"‖μ‖², momentum's memory against the present gradient{rest}. δ measured: {delta}."
+        f"{text} The rest is ‖μ‖²{rest}: the memory less the part of ∇f that it stands for. It holds noise of earlier "
+        f"mini-batches too. δ measured: {delta}."
     )
+
+
+def shares(table):
+    """Return the share of fresh noise in percent, a Series."""
+    return 100 * table["fresh_mean"] / tops(table)
+
+
+def share(row):
+    """Return the same of one row, with the error that it has from the variance, as text; without memory it is all."""
+    top = tops(row)
+    if row["fresh_mean"] == top:
+        return "100 % by definition"
+    relative = row["c_squared_direct_se_mean"] / row["c_squared_direct_mean"] / math.sqrt(row["seeds"])
+    part = row["fresh_mean"] / top
+    return with_error(100 * part, 100 * part * (1 - part) * relative) + " %"
 
 
 def flatness(made):
@@ -54,16 +75,16 @@ def flatness(made):
         return None
     ends = table[table["batch_size"].isin([table["batch_size"].min(), table["batch_size"].max()])]
     pairs = ends.sort_values("batch_size").groupby(["optimizer", "steps"], observed=True)
-    ratios = pairs["c_squared_direct_mean"].agg(lambda pair: pair.iloc[1] / pair.iloc[0])
-    errors = pairs[["c_squared_direct_mean", "c_squared_direct_se"]].apply(
-        lambda pair: math.hypot(*(pair["c_squared_direct_se"] / pair["c_squared_direct_mean"]))
-    )
+    values = ["c_squared_direct_mean", "c_squared_direct_se"]
+    found = pairs[values].agg(list).map(tuple).drop_duplicates()  # before the first update all have the same weights
+    ratios = found[values[0]].map(lambda pair: pair[1] / pair[0])
+    errors = found.apply(lambda row: math.hypot(*(se / mean for mean, se in zip(*row, strict=True))), axis=1)
     beyond = int(((ratios - 1).abs() > 1.96 * errors * ratios).sum())
     low, high = ends["batch_size"].min(), ends["batch_size"].max()
     return (
         f"C² from batches of {high:g} is {ratios.min():.3g} to {ratios.max():.3g} times C² from batches of {low:g} at "
-        f"the same weights; at {beyond} of {len(ratios)} points of optimizer and step that is more than 1.96 standard "
-        f"errors from 1."
+        f"the same weights; at {beyond} of {len(ratios)} points of optimizer and step (once where they share weights) "
+        f"that is more than 1.96 standard errors from 1."
     )
 
 
@@ -72,7 +93,10 @@ def growth(made):
     table = rows_of(made["c_squared"], "c_squared_direct_mean")
     if table.empty or table["steps"].nunique() < 2:
         return None
-    return f"C² measured, over steps {steps_of(table)}: {spans(table, 'c_squared_direct_mean', short)}."
+    at, later = f"C² measured at b = {table['run_batch_size'].iloc[0]:g}", table[table["steps"] > 0]
+    if len(later) < len(table):
+        at += f", before the first update {spans(table[table['steps'] == 0], 'c_squared_direct_mean', short)}"
+    return f"{at}; over steps {steps_of(later)}: {spans(later, 'c_squared_direct_mean', short)}."
 
 
 def steps_of(table):
@@ -96,28 +120,33 @@ def published(made):
         return None
     parts = []
     for name, rows in table.groupby("optimizer", observed=True, sort=False):
-        low, high = (short(rows["c_squared_direct_mean"].agg(of)) for of in ("min", "max"))
-        ours = low if low == high else f"{low} to {high}"
+        errors = zip(rows["c_squared_direct_mean"], rows["c_squared_direct_se"], rows["steps"], strict=True)
+        ours = ", ".join(f"{with_error(mean, se)} at step {step:,}" for mean, se, step in errors)
         row = rows.iloc[0]
-        text = f"{name.upper()} measured C² {ours}, the paper's {short(row['published_c_squared'])}"
+        text = f"{name.upper()} C² {ours}, the paper's {short(row['published_c_squared'])}"
         if pd.notna(row["published_k"]) and pd.notna(row["k"]):
-            text += f"; K measured {row['k']:.3g} at step {row['k_step']:,.0f}, the paper's {row['published_k']:.3g}"
+            text += f"; K at least {row['k']:.3g} (step {row['k_step']:,.0f}), the paper's {row['published_k']:.3g}"
         parts.append(text)
-    b = table["run_batch_size"].iloc[0]
-    return f"Beside the published constants (b = {b:g}, steps {steps_of(table)}): {'; '.join(parts)}."
+    b, n = table["run_batch_size"].iloc[0], of_seeds(table["seeds"].max())
+    return (
+        f"Measured beside the published (b = {b:g}, {n}): {'; '.join(parts)}. "
+        f"The paper's C² is solved from its b*, late in training; it is no measurement."
+    )
 
 
 def bounds(made):
-    """How far the theory's δ lies above the measured."""
-    table = last(rows_of(made["delta_bound"], "bound_over_measured"))
+    """How far the theory's δ lies above the measured, over the steps."""
+    table = rows_of(made["delta_bound"], "bound_over_measured")
     if table.empty:
         return None
-    ratio = each(table, lambda row: f"{row['bound_over_measured']:.3g}")
+    ratio, n = spans(table, "bound_over_measured", "{:.3g}".format), of_seeds(table["seeds"].max())
     closing = ""
     if "sgd" in set(table["optimizer"]):
-        closing = " SGD's is 1 by construction at the step where its C² is greatest."
+        closing = " SGD's least is 1 by construction, at the step where its C² is greatest."
     return (
-        f"With the greatest C² and K measured it is this many times the measured δ ({where(table)}): {ratio}.{closing}"
+        f"It is an upper bound. With the greatest C² and K measured it is so many times the measured δ (b = "
+        f"{table['run_batch_size'].iloc[0]:g}, {n}, least and greatest over steps "
+        f"{steps_of(table)}): {ratio}.{closing}"
     )
 
 
@@ -130,34 +159,63 @@ def normality(made):
     rank = each(table, lambda row: short(row["effective_rank_mean"]))
     entries = table["entries_mean"].iloc[0]
     return (
-        f"Across draws, D'Agostino's test at 5 % rejects this share of the coordinates ({where(table)}; a normal "
-        f"vector: 5.7 % at 64 draws): {rejected}. The noise has an effective rank of {rank} in {entries:,.0f} "
+        f"Across draws of g − ∇f, D'Agostino's test at 5 % rejects this share of the coordinates ({where(table)}; a "
+        f"normal vector: 5.7 % at 64 draws): {rejected}. The noise has an effective rank of {rank} in {entries:,.0f} "
         f"dimensions."
     )
 
 
 def excess(made):
     """Whether the noise of a step smooths: what it adds to the loss, beside the controls, the prediction and δ."""
+    every = rows_of(made["smoothing"], "real_mean")
+    table = last(every)
+    if table.empty:
+        return None
+    others = every[every["steps"] != table["steps"].iloc[0]]
+    earlier = "".join(f"; step {step:,}: {each(rows, known('real'))}" for step, rows in others.groupby("steps"))
+    isotropic = each(table, lambda row: f"{row['isotropic_mean']:.2g}")
+    images, mode = f"{table['probe_images'].iloc[0]:,.0f} training images", table["batchnorm"].iloc[0]
+    return (
+        f"The mini-batch noise of one step changes the loss of {images}, on average, by ({where(table)}; BatchNorm in "
+        f"{mode} mode): {each(table, known('real'))}{earlier}. Isotropic noise of the same length: {isotropic}. "
+        f"Noise of earlier batches, which momentum keeps, is not in it.{beside_delta(made, table)}"
+    )
+
+
+def controls(made):
+    """The other control and the prediction, beside the noise of `excess`."""
     table = last(rows_of(made["smoothing"], "real_mean"))
     if table.empty:
         return None
-    kinds = {"a Gaussian of the same covariance": "gaussian", "isotropic noise of the same length": "isotropic"}
-    kinds |= {"tr(HΣ) predicts": "predicted"}
-    controls = "; ".join(f"{name}: {each(table, with_error(kind))}" for name, kind in kinds.items())
-    text = (
-        f"Averaged over the mini-batch noise of one step, the loss of training images is higher than where the step's "
-        f"mean leads by ({where(table)}): {each(table, with_error('real'))}. {controls[0].upper()}{controls[1:]}."
+    error = np.hypot(table["real_se"], table["predicted_se"])
+    away = table["optimizer"][(table["real_mean"] - table["predicted_mean"]).abs() > 1.96 * error].str.upper()
+    apart = f", from which real noise is more than 1.96 standard errors away for {', '.join(away)}" * bool(len(away))
+    return (
+        f"Gaussian noise of the same covariance changes that loss by ({where(table)}): "
+        f"{each(table, known('gaussian'))}. η² tr(HΣ)/2 is {each(table, known('predicted'))}{apart}."
     )
-    known = made["budget"].merge(table[["optimizer", "run_batch_size", "batchnorm", "steps"]])
-    if len(known) == len(table) > 1 and table["predicted_mean"].gt(0).all():
-        factors = [values.max() / values.min() for values in (known["delta_mean"], table["predicted_mean"])]
-        text += f" Between them δ differs by a factor of {factors[0]:.3g}, tr(HΣ) η²/2 by {factors[1]:.3g}."
-    return text
 
 
-def with_error(key):
-    """Return a function for `each`: the mean of a column, ± its 95 % error."""
-    return lambda row: f"{row[f'{key}_mean']:.2g} ± {1.96 * row[f'{key}_se']:.1g}"
+def known(key):
+    """Return a function for `each`: a column's mean and its 95 % error."""
+    return lambda row: with_error(row[f"{key}_mean"], row[f"{key}_se"])
+
+
+def beside_delta(made, table):
+    """How many times the first optimizer's δ, and its smoothing, are those of each other; "" where not known."""
+    both = table.merge(made["budget"], on=["optimizer", "run_batch_size", "batchnorm", "steps"])
+    if len(both) < 2 or not table["predicted_mean"].gt(0).all():
+        return ""
+    first = both.iloc[0]
+
+    def times(row):
+        ratio = {key: first[f"{key}_mean"] / row[f"{key}_mean"] for key in ("delta", "predicted", "fluctuation_norm")}
+        return f"{ratio['delta']:.3g}, {ratio['predicted']:.2g} and {ratio['fluctuation_norm'] ** 2:.2g}"
+
+    return (
+        f" {first['optimizer'].upper()}'s δ, η² tr(HΣ)/2 and squared length of this noise are so many times the "
+        f"other's, each at its own weights: {each(both.iloc[1:], times)}."
+    )
 
 
 def displacement(made):
@@ -167,7 +225,10 @@ def displacement(made):
     if table.empty:
         return None
     moved = each(table, lambda row: f"{row['displacement_mean']:.2g}")
-    return f"Momentum's memory moves the mean of the step, and the loss there by ({where(table)}): {moved}."
+    return (
+        f"The mean of a step with momentum leads to a loss above that after a full-gradient step of the same η by "
+        f"({where(table)}): {moved}."
+    )
 
 
 def curvature(made):
@@ -176,8 +237,12 @@ def curvature(made):
     if table.empty:
         return None
     sharp = each(table, lambda row: f"{short(row['lambda_max_mean'])} of {short(row['stable_up_to'])}")
-    batch = each(table, lambda row: f"{row['batch_sharpness_mean']:.3g} ± {1.96 * row['batch_sharpness_se']:.1g}")
-    return f"λ_max, and up to where full-batch steps are stable ({where(table)}): {sharp}. Batch sharpness: {batch}."
+    batch = each(table, lambda row: f"{known('batch_sharpness')(row)} of {short(row['batch_sharpness_level'])}")
+    at = f"{where(table)}, {table['probe_images'].iloc[0]:,.0f} training images"
+    return (
+        f"λ_max, and up to where full-batch steps are stable ({at}): {sharp}. Batch sharpness, and where it is said "
+        f"to settle: {batch}."
+    )
 
 
 TITLED = {
@@ -187,4 +252,4 @@ TITLED = {
     "The theory's δ.": bounds,
     "Critical batch sizes.": reached,
 }
-OTHERS = (displacement, curvature, both_rules, growth, flatness, solved, normality)
+OTHERS = (controls, displacement, curvature, both_rules, growth, flatness, solved, normality)

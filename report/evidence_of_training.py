@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from report.words import each
+from report.words import each, of_seeds
 
 
 def reached(made):
@@ -16,20 +16,20 @@ def reached(made):
         found = [f"{row['batch_size']:,} ({row['steps_mean']:,.0f} steps)" for row in there.to_dict("records")]
         parts.append(f"{name.upper()} at {len(found)} of {len(rows)} b" + f": {', '.join(found)}" * bool(found))
     seeds = sorted(steps["critical_seeds"].unique())
-    n = f"n = {'–'.join(map(str, sorted({seeds[0], seeds[-1]})))} seed{'s' if seeds[-1] > 1 else ''} each"
-    return f"The running mean of ‖g_t‖ comes to ε = {eps:g} ({n}) with {'; '.join(parts)}.{stars(made)}"
+    n = "–".join(map(str, sorted({seeds[0], seeds[-1]})))
+    return f"The running mean of ‖g_t‖ comes to ε = {eps:g} (n = {n} each) with {'; '.join(parts)}.{stars(made, eps)}"
 
 
-def stars(made):
-    """What b* there are, and whether they lie inside the grid."""
+def stars(made, eps):
+    """What b* there are at this ε, and whether they lie inside the grid."""
     table = made["critical_batch_size"]
     if table.empty:
         return " There is no b*."
     signs = {"": "b* = {}", "<=": "b* ≤ {}", ">=": "b* ≥ {}", "?": "b* near {}, open on both sides"}
-    table = table[table["b_star"].notna()]
+    table = table[table["b_star"].notna() & (table["eps"] == eps)]
     edges = table["edge"].fillna("")
     said = [signs[edge].format(b) for edge, b in zip(edges, table["b_star"].map("{:,.0f}".format), strict=True)]
-    text = each(table.assign(said=said), lambda row: f"{row['said']} (ε = {row['eps']:g}, {row['rule']})")
+    text = each(table.assign(said=said), lambda row: f"{row['said']} ({row['rule']})")
     return f" {text}." if text else " There is no b*."
 
 
@@ -43,7 +43,10 @@ def both_rules(made):
     for (b, eps), rows in both.groupby(["batch_size", "eps"]):
         said = each(rows, lambda row: f"{bracket(row)} and {running(row)}")
         parts.append(f"b = {b:,}, ε = {eps:g}: {said}")
-    return f"Updates to ε by ‖∇f‖ (first measured, between the two) and by the running mean: {'; '.join(parts)}."
+    return (
+        f"Updates to ε by ‖∇f‖, between the two at the first measured crossing, and by the running mean "
+        f"({of_seeds(both['critical_seeds'].max())}): {'; '.join(parts)}."
+    )
 
 
 def bracket(row):
@@ -62,7 +65,7 @@ def running(row):
 def settings(made):
     """Return the sentences of the comparison of all settings. made: {name: DataFrame} of `comparisons.measure`."""
     controls = controlled(made["comparison"])
-    titled = [f"**Is it the noise?** {controls[0]}", *controls[1:]] if controls else []
+    titled = [f"**Injected noise.** {controls[0]}", *controls[1:]] if controls else []
     return titled + ranked(made["comparison_correlations"])
 
 
@@ -73,10 +76,12 @@ def controlled(points):
         same = points[(points["length"] == row["length"]) & (points["injected_noise"] == 0)]
         for key in ("optimizer", "nu", "lr", "beta", "precision"):
             same = same[(same[key] == row[key]) | (same[key].isna() & pd.isna(row[key]))]
-        said = [f"b = {row['batch_size']:,} with isotropic noise of norm {row['injected_noise']:g} {outcome(row)}"]
+        said = [f"b = {row['batch_size']:,} and isotropic noise of norm {row['injected_noise']:g}: {outcome(row)}"]
         same = same.sort_values("batch_size", ascending=False)
-        said += [f"b = {other['batch_size']:,} {outcome(other)}" for other in same.to_dict("records")]
-        found.append(f"{row['optimizer'].upper()}, {row['length']}: {'; '.join(said)}.")
+        said += [f"b = {other['batch_size']:,}: {outcome(other)}" for other in same.to_dict("records")]
+        ratio = same["updates"].max() / row["updates"]
+        caution = f" They differ {ratio:.2g}-fold in updates, not in noise alone." if ratio > 1 else ""
+        found.append(f"Test accuracy, {row['optimizer'].upper()}, {row['length']}: {'; '.join(said)}.{caution}")
     return found
 
 
@@ -84,9 +89,9 @@ def outcome(row):
     """Accuracy, updates and δ of a row of the comparison, as text."""
     low, mean, high = (row[f"accuracy_{of}"] for of in ("min", "mean", "max"))
     n = f"n = {row['normal_seeds'] - row['normal_diverged']:g}"
-    band = f"{low:.3g} to {high:.3g}, " if high > low else ""
+    band = f"{low:.2f} to {high:.2f}, " if high > low else ""
     delta = f", δ {row['delta_mean']:.3g}" if row["delta_step"] == row["updates"] else ""
-    return f"{mean:.3g} % ({band}{n}; {row['updates']:,.0f} updates{delta})"
+    return f"{mean:.2f} % ({band}{n}; {row['updates']:,.0f} updates{delta})"
 
 
 def ranked(correlations):

@@ -69,7 +69,7 @@ def variance(ax, table):
     """C²: measured, with the span over training; solved from b*; the paper's."""
     x = np.arange(len(table))
     ax.vlines(x, table["c_squared_least"], table["c_squared_most"], color=COLORS[0], lw=6, alpha=0.4)
-    ax.plot(x, table["c_squared_direct"], "o", color=COLORS[0], label="C² measured; bar: over training")
+    ax.plot(x, table["c_squared_direct"], "o", color=COLORS[0], label="C² measured; wide bar: all measured steps")
     for at, row in zip(x, table.to_dict("records"), strict=True):
         if pd.notna(row["c_squared"]):
             edge = next((arrow for text, arrow in EDGES.items() if str(row["c_squared_from"]).startswith(text)), "D")
@@ -86,9 +86,13 @@ def smoothing(ax, table):
     error = 1.96 * table["delta_se"]
     ax.errorbar(x, table["delta"], error, fmt="o", color=COLORS[0], capsize=3, label="δ measured")
     if table["delta_bound"].notna().any():
-        look = {"marker": r"$\downarrow$", "ms": 10, "color": COLORS[1]}
-        mark(ax, x + 0.2, table["delta_bound"], "the formula's δ, an upper bound", **look)
+        limit(ax, x + 0.25, table["delta_bound"], color=COLORS[1], label="the formula's δ, an upper bound")
     ax.set_ylabel("δ = η E‖ω‖ (parameter distance)")
+
+
+def limit(ax, x, y, **look):
+    """Draw upper limits: a bar at the value, and an arrow down from it."""
+    ax.errorbar(x, y, y / 3, uplims=True, marker="_", ms=9, lw=1.2, linestyle="", capsize=3, **look)
 
 
 def excess(ax, table):
@@ -101,8 +105,7 @@ def excess(ax, table):
         known = table[kind].where(~open_below)
         ax.errorbar(x, known, error, **look, linestyle="", capsize=3)
         if open_below.any():
-            bound = {"marker": r"$\downarrow$", "ms": 10, "color": look["color"]}
-            mark(ax, x, (table[kind] + error).where(open_below), "at most: its interval reaches to zero", **bound)
+            limit(ax, x, (table[kind] + error).where(open_below), color=look["color"])
     x = np.arange(len(table))
     ax.hlines(table["predicted"], x - 0.3, x + 0.1, color="k", lw=1.5, zorder=MARK - 4, label="η² tr(HΣ)/2")
     ax.set_ylabel("excess loss (nats)")

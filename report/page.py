@@ -36,8 +36,9 @@ FIGURES = {
 POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
 # Beneath the title of a figure: what it shows, for who sees nothing else.
 NOTES = {
-    "overview": "\nThe theory's constants beside what was measured at the same weights; means over seeds, bars ±1.96 "
-    "standard errors of the draws. Right: what noise adds to the loss of training images on average.",
+    "overview": "\nMeans over seeds, bars ±1.96 standard errors of the draws; a bar with an arrow is an upper limit. "
+    "The formula's δ is from the greatest C² and K of all measured steps. Right: what noise adds to the loss of "
+    "training images on average, each optimizer at its own weights.",
     "omega": POOLED,
     "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
     "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "

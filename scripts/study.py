@@ -181,7 +181,7 @@ def words(report: str) -> str:
     for group in report.split("\n## ")[1:]:
         slug = group.splitlines()[0]
         said = [sentence for of, sentence in found.values() if of == slug]
-        lines += ["", f"{slug}:", ""] if said else []
+        lines += ["", f"{slug}:"] if said else []
         for sentence in said:
             lines += textwrap.wrap(sentence, 128, subsequent_indent="  ", break_long_words=False)
     return "\n".join(lines[1:]) + "\n"

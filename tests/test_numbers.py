@@ -41,3 +41,13 @@ def test_what_has_been_done_of_the_study():
     for part, _, done, hours in shown:
         assert done == f"{costs.ended[part]} of {costs.runs[part]}"
         assert hours == f"{costs.hours[part]:.1f}"
+
+
+def test_the_epsilons_of_the_study_lie_below_the_norm_before_the_first_update():
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    norms = set()
+    for path in (ROOT / "results" / "runs").glob("sampling-CIFAR100-ResNet20-*/measurements.csv"):
+        rows = pd.read_csv(path)
+        norms |= set(rows.loc[rows["steps"] == 0, "full_gradient_norm"].round(2))
+    assert norms == {float(re.search(r"‖∇f\(x₀\)‖ = ([\d.]+)", text)[1])}
+    assert max(map(float, study.EPS)) < min(norms)

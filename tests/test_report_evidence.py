@@ -7,7 +7,7 @@ from scipy import stats
 from test_report_budget import run, write
 from test_report_landscape import landscape
 
-from report import comparisons, evidence, evidence_of_training, overview, records, theory
+from report import comparisons, evidence, evidence_of_training, overview, records, theory, words
 
 
 def of_settings(runs):
@@ -19,18 +19,16 @@ def test_where_the_smallest_eps_is_reached_and_b_star(tmp_path):
         critical(tmp_path, "shb", b, 0, {"1.0": n, "2.0": 1}, steps=n or 50, min_epochs=0)
         critical(tmp_path, "sgd", b, 0, {"1.0": None, "2.0": 1}, steps=50, min_epochs=0)
     said = evidence_of_training.reached(measured(tmp_path)[1])
-    assert said.startswith(
-        "The running mean of ‖g_t‖ comes to ε = 1 (n = 1 seed each) with SGD at 0 of 4 b; SHB at 3 of 4"
-    )
+    assert said.startswith("The running mean of ‖g_t‖ comes to ε = 1 (n = 1 each) with SGD at 0 of 4 b; SHB at 3 of 4")
     assert "SHB at 3 of 4 b: 32 (40 steps), 64 (15 steps), 128 (14 steps)." in said
-    assert "SHB b* ≤ 64 (ε = 1, running mean)" in said or "SHB b* = 64 (ε = 1, running mean)" in said
+    assert "SHB b* ≤ 64 (running mean)" in said or "SHB b* = 64 (running mean)" in said
 
 
 def test_b_star_is_a_bound_where_a_smaller_b_is_undecided(tmp_path):
     """At b = 16 it was looked for in 50 steps, 800 gradients; 15 steps at b = 64 are 960."""
     for b, n in ((16, None), (64, 15), (128, 14)):
         critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n or 50, min_epochs=0)
-    assert "SHB b* ≤ 64 (ε = 1, running mean)." in evidence_of_training.reached(measured(tmp_path)[1])
+    assert "SHB b* ≤ 64 (running mean)." in evidence_of_training.reached(measured(tmp_path)[1])
 
 
 def test_no_star_is_said(tmp_path):
@@ -115,19 +113,47 @@ def test_nothing_is_said_of_runs_without_noise_and_of_two_settings(tmp_path):
 
 
 def test_delta_and_smoothing_are_compared_over_optimizers(tmp_path):
-    rows = {o: landscape(tmp_path, o)[1][-1] for o in ("sgd", "shb")}
     for optimizer, predicted in (("sgd", 0.2), ("shb", 0.01)):
-        (folder,) = (path.parent for path in tmp_path.glob(f"*-{optimizer}-*/landscape.csv"))
+        folder, _ = landscape(tmp_path, optimizer)
         table = landscape_rows(folder)
-        table[-1]["predicted"] = predicted
+        table[-1] |= {"predicted": predicted, "predicted_se": 0.001, "real": predicted, "real_se": 0.0001}
+        table[-1] |= {"fluctuation_norm": 3 if optimizer == "sgd" else 1}
         write(folder / "landscape.csv", table)
+    rows = {optimizer: landscape_rows(path.parent) for optimizer, path in by_optimizer(tmp_path).items()}
     found = measured(tmp_path)[1]
-    budget = found["budget"][found["budget"]["steps"] == 100].set_index("optimizer")["delta_mean"]
+    delta = found["budget"][found["budget"]["steps"] == 100].set_index("optimizer")["delta_mean"]
     said = evidence.excess(found)
-    assert f"δ differs by a factor of {budget.max() / budget.min():.3g}, tr(HΣ) η²/2 by 20." in said
-    assert f"SGD {rows['sgd']['real']:.2g} ± {1.96 * rows['sgd']['real_se']:.1g}" in said
+    assert said.endswith(f"each at its own weights: SHB {delta['sgd'] / delta['shb']:.3g}, 20 and 9.")
+    assert ": SGD 0.20000 ± 0.00020, SHB 0.01000 ± 0.00020; step 0: SGD " in said
+    assert f"Isotropic noise of the same length: SGD {float(rows['sgd'][-1]['isotropic']):.2g}, SHB" in said
+    assert "standard errors away" not in evidence.controls(found)
+    table = landscape_rows(folder)
+    table[-1] |= {"real": 0.02}
+    write(folder / "landscape.csv", table)
+    assert evidence.controls(measured(tmp_path)[1]).endswith("more than 1.96 standard errors away for SHB.")
     moved = evidence.displacement(found)
-    assert f"SGD {rows['sgd']['displacement']:.2g}, SHB {rows['shb']['displacement']:.2g}." in moved
+    assert moved.endswith(", ".join(f"{o.upper()} {float(rows[o][-1]['displacement']):.2g}" for o in rows) + ".")
+
+
+def by_optimizer(runs):
+    """{optimizer: its landscape.csv}."""
+    return {optimizer: next(runs.glob(f"*-{optimizer}-*/landscape.csv")) for optimizer in ("sgd", "shb")}
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "text"),
+    [
+        (0.09571, 0.003582, "0.0957 ± 0.0070"),
+        (6.8e-05, 0.00081, "0.0001 ± 0.0016"),
+        (6110.2, 33.3, "6,110 ± 65"),
+        (-0.5, 0.5, "-0.50 ± 0.98"),
+        (1234.5678, 12.345, "1,235 ± 24"),
+        (0.25, 0.0, "0.25"),
+        (0.25, float("nan"), "0.25"),
+    ],
+)
+def test_an_error_has_two_digits_and_the_value_ends_where_it_does(value, se, text):
+    assert words.with_error(value, se) == text
 
 
 def landscape_rows(folder):

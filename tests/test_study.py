@@ -133,7 +133,7 @@ def test_of_groups_that_say_the_same_the_readme_has_the_last():
         f"\n## {group}\n\n### in words\n\n- **A.** {group} a.\n{more}- untitled\n\n### table\n"
         for group, more in (("one", "- **B.** one b.\n"), ("two", "- **C.** two c.\n"))
     )
-    assert study.words(report) == "one:\n\n- **B.** one b.\n\ntwo:\n\n- **A.** two a.\n- **C.** two c.\n"
+    assert study.words(report) == "one:\n- **B.** one b.\n\ntwo:\n- **A.** two a.\n- **C.** two c.\n"
 
 
 def test_the_readme_shows_what_the_results_say(tmp_path):
