@@ -89,11 +89,13 @@ def test_injected_noise_beside_the_small_batch(tmp_path):
     made = comparisons.measure(records.load(tmp_path))[0]
     (row,) = made["comparison"][made["comparison"]["batch_size"] == 64].to_dict("records")
     said = evidence_of_training.settings(made)[0]
-    assert said.startswith(
-        "**Is it the noise?** SGD, 2 epochs: b = 512 with isotropic noise of norm 3 14.5 % (14 to 15,"
+    start = "**Injected noise.** Test accuracy, SGD, 2 epochs: b = 512 and isotropic noise of norm 3: "
+    assert (
+        said.startswith(f"{start}14.50 % (14.00 to 15.00,")
+        and "; b = 512: 11.00 % (10.00 to 12.00, n = 2; 196 updates" in said
     )
-    assert "; b = 512 11 % (10 to 12, n = 2; 196 updates" in said
-    assert said.endswith(f"; b = 64 21 % (20 to 22, n = 2; 1,564 updates, δ {row['delta_mean']:.3g}).")
+    assert f"; b = 64: 21.00 % (20.00 to 22.00, n = 2; 1,564 updates, δ {row['delta_mean']:.3g})." in said
+    assert said.endswith(" They differ 8-fold in updates, not in noise alone.")
 
 
 def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
