@@ -105,12 +105,16 @@ def steps_of(table):
 
 
 def solved(made):
-    """The C² solved from b* beside the measured."""
+    """The C² solved from b*, a bound where b* is one, beside the measured."""
     table = rows_of(made["c_squared"], "solved_over_direct")
     if table.empty:
         return None
-    ratio = spans(table, "solved_over_direct", "{:.2g}".format)
-    return f"C² solved from b* is this many times the measured, over the steps: {ratio}."
+    parts, limits = [], {"b* <=": "at most ", "b* >=": "at least ", "b* ?": "open on both sides, "}
+    for name, rows in table.groupby("optimizer", observed=True, sort=False):
+        star, ratio = rows["c_squared_from"].iloc[0], rows["solved_over_direct"]
+        limit = next((text for start, text in limits.items() if star.startswith(start)), "")
+        parts.append(f"{name.upper()} ({star}) {limit}{ratio.min():.2g} to {ratio.max():.2g}")
+    return f"C² solved from b* is so many times the measured, over steps {steps_of(table)}: {', '.join(parts)}."
 
 
 def published(made):

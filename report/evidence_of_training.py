@@ -13,8 +13,8 @@ def reached(made):
     eps, parts = steps["eps"].min(), []
     for name, rows in steps[steps["eps"] == eps].groupby("optimizer", observed=True):
         there = rows[rows["reached"] == rows["critical_seeds"]]
-        found = [f"{row['batch_size']:,} ({row['steps_mean']:,.0f} steps)" for row in there.to_dict("records")]
-        parts.append(f"{name.upper()} at {len(found)} of {len(rows)} b" + f": {', '.join(found)}" * bool(found))
+        found = ", ".join(f"{b:,}" for b in there["batch_size"])
+        parts.append(f"{name.upper()} at {len(there)} of {len(rows)} b" + f" ({found})" * bool(found))
     seeds = sorted(steps["critical_seeds"].unique())
     n = "–".join(map(str, sorted({seeds[0], seeds[-1]})))
     return f"The running mean of ‖g_t‖ comes to ε = {eps:g} (n = {n} each) with {'; '.join(parts)}.{stars(made, eps)}"

@@ -93,7 +93,9 @@ MISSING = {
     "every seed diverged before ε": "steps steps_are sfo sfo_least",
     "nothing published, or not all of ours measured with the published settings": "ratio",
     "only the ω drawn are read whole": "beyond_6_std",
-    "a batch of all images has no C², two draws no standard error": "c_squared_direct c_squared_direct_se noise_scale",
+    "a batch of all images has no C², two draws no standard error": "c_squared_direct c_squared_direct_se noise_scale "
+    "c_squared_least c_squared_most",
+    NO_SMOOTHING: "smoothing_steps real real_se gaussian gaussian_se isotropic isotropic_se predicted predicted_se",
     "no ε has a b*, or no C² is measured": "solved_over_direct",
     "only SHB and NSHB have a second name, and older records lack it": "delta_renamed",
     NO_BOUND: "c_squared_term k_term delta_bound bound_over_measured c_squared_greatest",

@@ -1,6 +1,7 @@
 """Numbers in README and docs that the report does not write: each is in a file of results/."""
 
 import json
+import math
 import re
 import sys
 
@@ -51,3 +52,13 @@ def test_the_epsilons_of_the_study_lie_below_the_norm_before_the_first_update():
         norms |= set(rows.loc[rows["steps"] == 0, "full_gradient_norm"].round(2))
     assert norms == {float(re.search(r"‖∇f\(x₀\)‖ = ([\d.]+)", text)[1])}
     assert max(map(float, study.EPS)) < min(norms)
+
+
+def test_a_small_gradient_norm_is_no_sign_of_learning():
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text().split())
+    words = r"at 1.05 after (\d+) updates at b = (\d+), and over these the training loss was ([\d.]+) on average, "
+    updates, b, loss, guess = re.search(words + r"when guessing has ln 100 = ([\d.]+)\.", text).groups()
+    name = f"critical-CIFAR100-ResNet20-shb-b{b}-lr0.1-beta0.9-min_epochs0-seed0"
+    last = pd.read_csv(ROOT / "results" / "runs" / name / "metrics.csv").iloc[-1]
+    assert (last["steps"], f"{last['training_loss']:.2f}") == (int(updates), loss)
+    assert last["ave-norm"] <= 1.05 and guess == f"{math.log(100):.2f}"

@@ -20,7 +20,7 @@ def test_where_the_smallest_eps_is_reached_and_b_star(tmp_path):
         critical(tmp_path, "sgd", b, 0, {"1.0": None, "2.0": 1}, steps=50, min_epochs=0)
     said = evidence_of_training.reached(measured(tmp_path)[1])
     assert said.startswith("The running mean of ‖g_t‖ comes to ε = 1 (n = 1 each) with SGD at 0 of 4 b; SHB at 3 of 4")
-    assert "SHB at 3 of 4 b: 32 (40 steps), 64 (15 steps), 128 (14 steps)." in said
+    assert "SHB at 3 of 4 b (32, 64, 128)." in said
     assert "SHB b* ≤ 64 (running mean)" in said or "SHB b* = 64 (running mean)" in said
 
 
@@ -29,6 +29,19 @@ def test_b_star_is_a_bound_where_a_smaller_b_is_undecided(tmp_path):
     for b, n in ((16, None), (64, 15), (128, 14)):
         critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n or 50, min_epochs=0)
     assert "SHB b* ≤ 64 (running mean)." in evidence_of_training.reached(measured(tmp_path)[1])
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [((90, 20, 30), "SHB (b* = 16) "), ((9, 20, 30), "SHB (b* <= 8) at most ")]
+)
+def test_c_squared_solved_is_a_bound_where_its_b_star_is(tmp_path, steps, said):
+    for b, n in zip((8, 16, 32), steps, strict=True):
+        critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n, min_epochs=0)
+    run(tmp_path, "shb")
+    found = measured(tmp_path)[1]
+    ratio = found["c_squared"]["solved_over_direct"].astype(float)
+    text = evidence.solved(found)
+    assert text.endswith(f"over steps 0, 20, 100: {said}{ratio.min():.2g} to {ratio.max():.2g}.")
 
 
 def test_no_star_is_said(tmp_path):
