@@ -134,7 +134,7 @@ def published(made):
     b, n = table["run_batch_size"].iloc[0], of_seeds(table["seeds"].max())
     return (
         f"Measured beside the published (b = {b:g}, {n}): {'; '.join(parts)}. "
-        f"The paper's C² is solved from its b*, late in training; it is no measurement."
+        f"The paper's C² is solved from b*, late in training."
     )
 
 
