@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from report.budget_plots import last, rows_of, tops
-from report.evidence_of_training import both_rules, reached
-from report.words import each, of_seeds, short, with_error
+from report.evidence_of_training import both_rules, critical
+from report.words import each, of_seeds, short, steps_of, with_error
 
 
 def sentences(made):
@@ -97,24 +97,6 @@ def growth(made):
     if len(later) < len(table):
         at += f", before the first update {spans(table[table['steps'] == 0], 'c_squared_direct_mean', short)}"
     return f"{at}; over steps {steps_of(later)}: {spans(later, 'c_squared_direct_mean', short)}."
-
-
-def steps_of(table):
-    """Return "0, 50, 1,600"."""
-    return ", ".join(f"{step:,}" for step in sorted(table["steps"].unique()))
-
-
-def solved(made):
-    """The C² solved from b*, a bound where b* is one, beside the measured."""
-    table = rows_of(made["c_squared"], "solved_over_direct")
-    if table.empty:
-        return None
-    parts, limits = [], {"b* <=": "at most ", "b* >=": "at least ", "b* ?": "open on both sides, "}
-    for name, rows in table.groupby("optimizer", observed=True, sort=False):
-        star, ratio = rows["c_squared_from"].iloc[0], rows["solved_over_direct"]
-        limit = next((text for start, text in limits.items() if star.startswith(start)), "")
-        parts.append(f"{name.upper()} ({star}) {limit}{ratio.min():.2g} to {ratio.max():.2g}")
-    return f"C² solved from b* is so many times the measured, over steps {steps_of(table)}: {', '.join(parts)}."
 
 
 def published(made):
@@ -254,6 +236,6 @@ TITLED = {
     "Does it smooth?": excess,
     "The theory's constants.": published,
     "The theory's δ.": bounds,
-    "Critical batch sizes.": reached,
+    "Critical batch sizes.": critical,
 }
-OTHERS = (controls, displacement, curvature, both_rules, growth, flatness, solved, normality)
+OTHERS = (controls, displacement, curvature, both_rules, growth, flatness, normality)

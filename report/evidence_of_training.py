@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from report.words import each, of_seeds
+from report.budget_plots import rows_of
+from report.words import each, of_seeds, steps_of
 
 
 def reached(made):
@@ -11,7 +12,7 @@ def reached(made):
     if steps.empty or steps["batch_size"].nunique() < 2:
         return None
     eps, parts = steps["eps"].min(), []
-    for name, rows in steps[steps["eps"] == eps].groupby("optimizer", observed=True):
+    for name, rows in steps[steps["eps"] == eps].groupby("optimizer", observed=True, sort=False):
         there = rows[rows["reached"] == rows["critical_seeds"]]
         found = ", ".join(f"{b:,}" for b in there["batch_size"])
         parts.append(f"{name.upper()} at {len(there)} of {len(rows)} b" + f" ({found})" * bool(found))
@@ -31,6 +32,24 @@ def stars(made, eps):
     said = [signs[edge].format(b) for edge, b in zip(edges, table["b_star"].map("{:,.0f}".format), strict=True)]
     text = each(table.assign(said=said), lambda row: f"{row['said']} ({row['rule']})")
     return f" {text}." if text else " There is no b*."
+
+
+def critical(made):
+    """Where ε is reached, b*, and the two ways to C²."""
+    return " ".join(filter(None, (reached(made), solved(made)))) or None
+
+
+def solved(made):
+    """The C² solved from b*, a bound where b* is one, beside the measured."""
+    table = rows_of(made["c_squared"], "solved_over_direct")
+    if table.empty:
+        return None
+    parts, limits = [], {"b* <=": "at most ", "b* >=": "at least ", "b* ?": "open on both sides, "}
+    for name, rows in table.groupby("optimizer", observed=True, sort=False):
+        star, ratio = rows["c_squared_from"].iloc[0], rows["solved_over_direct"]
+        limit = next((text for start, text in limits.items() if star.startswith(start)), "")
+        parts.append(f"{name.upper()} {limit}{ratio.min():.2g} to {ratio.max():.2g}")
+    return f"C² solved from b* is so many times the measured, over steps {steps_of(table)}: {', '.join(parts)}."
 
 
 def both_rules(made):

@@ -25,3 +25,8 @@ def with_error(value, se):
 def of_seeds(n):
     """Return "n = 2 seeds"."""
     return f"n = {n:g} seed" + ("s" if n > 1 else "")
+
+
+def steps_of(table):
+    """Return "0, 50, 1,600"."""
+    return ", ".join(f"{step:,}" for step in sorted(table["steps"].unique()))
