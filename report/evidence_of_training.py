@@ -17,8 +17,11 @@ def reached(made):
         found = ", ".join(f"{b:,}" for b in there["batch_size"])
         parts.append(f"{name.upper()} at {len(there)} of {len(rows)} b" + f" ({found})" * bool(found))
     seeds = sorted(steps["critical_seeds"].unique())
-    n = "–".join(map(str, sorted({seeds[0], seeds[-1]})))
-    return f"The running mean of ‖g_t‖ comes to ε = {eps:g} (n = {n} each) with {'; '.join(parts)}.{stars(made, eps)}"
+    n, most = "–".join(map(str, sorted({seeds[0], seeds[-1]}))), (steps["checked_max"] * steps["batch_size"]).max()
+    return (
+        f"The running mean of ‖g_t‖ comes to ε = {eps:g} (n = {n} each, at most {most:,.0f} gradients) with "
+        f"{'; '.join(parts)}.{stars(made, eps)}"
+    )
 
 
 def stars(made, eps):

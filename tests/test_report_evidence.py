@@ -19,8 +19,10 @@ def test_where_the_smallest_eps_is_reached_and_b_star(tmp_path):
         critical(tmp_path, "shb", b, 0, {"1.0": n, "2.0": 1}, steps=n or 50, min_epochs=0)
         critical(tmp_path, "sgd", b, 0, {"1.0": None, "2.0": 1}, steps=50, min_epochs=0)
     said = evidence_of_training.reached(measured(tmp_path)[1])
-    assert said.startswith("The running mean of ‖g_t‖ comes to ε = 1 (n = 1 each) with SGD at 0 of 4 b; SHB at 3 of 4")
-    assert "SHB at 3 of 4 b (32, 64, 128)." in said
+    assert said.startswith(
+        "The running mean of ‖g_t‖ comes to ε = 1 (n = 1 each, at most 6,400 gradients) with SGD at 0"
+    )
+    assert "; SHB at 3 of 4 b (32, 64, 128)." in said
     assert "SHB b* ≤ 64 (running mean)" in said or "SHB b* = 64 (running mean)" in said
 
 
