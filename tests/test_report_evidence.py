@@ -1,5 +1,6 @@
 """report/evidence_of_training.py and overview.py, against plain loops over the records."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from report_helpers import all_groups, critical, drawn, measured, normal, u_shaped
@@ -8,6 +9,12 @@ from test_report_budget import run, write
 from test_report_landscape import landscape
 
 from report import comparisons, evidence, evidence_of_training, overview, records, theory, words
+
+
+@pytest.fixture(autouse=True)
+def figures_closed():
+    yield
+    plt.close("all")
 
 
 def of_settings(runs):
