@@ -54,18 +54,17 @@ def composition(made):
 
 
 def shares(table):
-    """Return the share of fresh noise in percent, a Series."""
+    """Return the share of fresh noise in percent, of a table or of one row."""
     return 100 * table["fresh_mean"] / tops(table)
 
 
 def share(row):
     """Return the same of one row, with the error that it has from the variance, as text; without memory it is all."""
-    top = tops(row)
-    if row["fresh_mean"] == top:
+    part = shares(row)
+    if part == 100:
         return "100 % by definition"
     relative = row["c_squared_direct_se_mean"] / row["c_squared_direct_mean"] / math.sqrt(row["seeds"])
-    part = row["fresh_mean"] / top
-    return with_error(100 * part, 100 * part * (1 - part) * relative) + " %"
+    return with_error(part, part * (1 - part / 100) * relative) + " %"
 
 
 def flatness(made):

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from report import published, theory
+from report import measurements, published, theory
 from report.records import first_steps
 
 POINT = ["mode", "curve", "batch_size", "seed"]
+# The arguments in which sampling runs must agree to share a table of what they measured, at any of their steps.
+MEASURING = ("full_grad_batchsize", "precision")
 ABOUT = ["name", "optimizer", "batch_size", "seed", "diverged", "as_published", "first_check"]
 
 
@@ -78,9 +80,13 @@ def group(members, dataset, model, lr, beta):
 
 
 def measuring_alike(members):
-    """Return the sampling runs that agree with most in `records.MEASURING`."""
+    """Return the sampling runs that agree with most in MEASURING."""
     sampling = members[members["mode"] == "sampling"]
-    return sampling[sampling["measuring"] == statistics.mode(sampling["measuring"])] if len(sampling) else sampling
+    if sampling.empty:
+        return sampling
+    settings = [measurements.setting(run, *MEASURING) for run in sampling.to_dict("records")]
+    usual = statistics.mode(settings)
+    return sampling[[setting == usual for setting in settings]]
 
 
 def crossings(runs):

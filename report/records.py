@@ -31,8 +31,6 @@ SHARED = {
     "critical": ("min_epochs", "precision"),
     "sampling": ("steps", "max_steps", "full_grad_batchsize", "precision"),
 }
-# The arguments in which sampling runs must agree to share a table of what they measured, at any of their steps.
-MEASURING = ("full_grad_batchsize", "precision")
 HUGE = 1e300
 NAME = r"\w[\w.+-]{0,99}"  # becomes part of file names
 # What `take` allows in a record.
@@ -94,7 +92,6 @@ def read_run(folder, name):
     run |= {key: take(args, key, allowed) for key, allowed in ARGUMENTS.items()}
     run |= {"batch_size": run.pop("batchsize"), "lr": six_digits(run["lr"]), **momentum(args), "args": args}
     run["settings"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in SHARED[mode])
-    run["measuring"] = ", ".join(f"{key} {args.get(key)!r:.40}" for key in MEASURING)
     run["batchnorm"] = first_batchnorm(args)
     if run["batchnorm"] != "train":
         run["settings"] += f", batchnorm {run['batchnorm']}"

@@ -172,13 +172,13 @@ def wait_for(command: list[str]) -> int:
 
 def words(report: str) -> str:
     """The sentences with a title of a report.md, in lines as README.md has them: of each title, the last group's."""
-    found, lines = {}, []
-    for group in report.split("\n## ")[1:]:
+    groups, found, lines = report.split("\n## ")[1:], {}, []
+    for group in groups:
         said = group.partition("### in words\n")[2].partition("\n### ")[0]
         for sentence in said.splitlines():
             if sentence.startswith("- **"):
                 found[sentence.split("**")[1]] = (group.splitlines()[0], sentence)
-    for group in report.split("\n## ")[1:]:
+    for group in groups:
         slug = group.splitlines()[0]
         said = [sentence for of, sentence in found.values() if of == slug]
         lines += ["", f"{slug}:"] if said else []
