@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ os.environ["WANDB_MODE"] = "disabled"  # tests of wandb say otherwise
 os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # no test downloads anything
 os.environ["OMP_NUM_THREADS"] = "1"  # small networks: threads that wait for each other cost more than they bring
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell's `&` starts it, and every child would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 600  # seconds after which something hangs; nothing that a test waits for takes as long on any machine
 
 
