@@ -1,7 +1,7 @@
 """What the tables of a group say, in sentences: each with its n and its spread, none beyond the data.
 
 A sentence is made from the tables alone, as report.md and the CSV files hold them, and is left out where they say
-nothing. README.md opens with those of results/ that have a title; a test compares the two.
+nothing. README.md opens with those of results/ that have a title, up to the first full stop; a test compares them.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from report.budget_plots import last, rows_of, tops
-from report.evidence_of_training import both_rules, critical
+from report.evidence_of_training import both_rules, critical, solved
 from report.words import each, of_seeds, short, steps_of, with_error
 
 
@@ -114,8 +114,8 @@ def published(made):
         parts.append(text)
     b, n = table["run_batch_size"].iloc[0], of_seeds(table["seeds"].max())
     return (
-        f"Measured beside the published (b = {b:g}, {n}): {'; '.join(parts)}. "
-        f"The paper's C² is solved from b*, late in training."
+        f"Measured beside the published (b = {b:g}, {n}): {'; '.join(parts)}; "
+        f"the paper's C² is solved from b*, late in training."
     )
 
 
@@ -129,7 +129,7 @@ def bounds(made):
     if "sgd" in set(table["optimizer"]):
         closing = " SGD's least is 1 by construction, at the step where its C² is greatest."
     return (
-        f"It is an upper bound. With the greatest C² and K measured it is so many times the measured δ (b = "
+        f"An upper bound, which with the greatest C² and K measured is so many times the measured δ (b = "
         f"{table['run_batch_size'].iloc[0]:g}, {n}, least and greatest over steps "
         f"{steps_of(table)}): {ratio}.{closing}"
     )
@@ -157,13 +157,14 @@ def excess(made):
     if table.empty:
         return None
     others = every[every["steps"] != table["steps"].iloc[0]]
-    earlier = "".join(f"; step {step:,}: {each(rows, known('real'))}" for step, rows in others.groupby("steps"))
+    earlier = "".join(f" At step {step:,}: {each(rows, known('real'))}." for step, rows in others.groupby("steps"))
     isotropic = each(table, lambda row: f"{row['isotropic_mean']:.2g}")
     images, mode = f"{table['probe_images'].iloc[0]:,.0f} training images", table["batchnorm"].iloc[0]
+    at = f"{where(table)}; BatchNorm in {mode} mode"
     return (
-        f"The mini-batch noise of one step changes the loss of {images}, on average, by ({where(table)}; BatchNorm in "
-        f"{mode} mode): {each(table, known('real'))}{earlier}. Isotropic noise of the same length: {isotropic}. "
-        f"Noise of earlier batches, which momentum keeps, is not in it.{beside_delta(made, table)}"
+        f"The mini-batch noise of one step, without what momentum keeps of it, changes the loss of {images}, on "
+        f"average, by ({at}): {each(table, known('real'))}; isotropic noise of the same length by {isotropic}."
+        f"{earlier}{beside_delta(made, table)}"
     )
 
 
@@ -236,5 +237,6 @@ TITLED = {
     "The theory's constants.": published,
     "The theory's δ.": bounds,
     "Critical batch sizes.": critical,
+    "Two ways to C².": solved,
 }
 OTHERS = (controls, displacement, curvature, both_rules, growth, flatness, normality)

@@ -1,58 +1,103 @@
 """Sentences, as in evidence.py, on how many steps ε takes and on how well settings generalize."""
 
+import numpy as np
 import pandas as pd
 
 from report.budget_plots import rows_of
 from report.words import each, of_seeds, steps_of
 
 
-def reached(made):
-    """At which b the smallest ε was reached, and b* where there is one."""
+def critical(made):
+    """Where the smallest ε is reached, its b* and the theory's, and the same of the smallest ε that all b reach."""
     steps = made["steps"]
     if steps.empty or steps["batch_size"].nunique() < 2:
         return None
+    found = (reached(steps, made["critical_batch_size"]), reached_by_all(steps, made))
+    return " ".join(filter(None, found))
+
+
+def reached(steps, stars):
+    """At which b the smallest ε was reached, its b* where there is one, and the theory's."""
     eps, parts = steps["eps"].min(), []
+    stars = stars[stars["eps"] == eps]
     for name, rows in steps[steps["eps"] == eps].groupby("optimizer", observed=True, sort=False):
         there = rows[rows["reached"] == rows["critical_seeds"]]
         found = ", ".join(f"{b:,}" for b in there["batch_size"])
-        parts.append(f"{name.upper()} at {len(there)} of {len(rows)} b" + f" ({found})" * bool(found))
+        own = [star(row) for row in running_mean(stars).to_dict("records") if row["optimizer"] == name]
+        said = f"{name.upper()} at {len(there)} of {len(rows)} b" + f" ({found})" * bool(found)
+        parts.append(", ".join([said, *filter(None, own)]))
     seeds = sorted(steps["critical_seeds"].unique())
     n, most = "–".join(map(str, sorted({seeds[0], seeds[-1]}))), (steps["checked_max"] * steps["batch_size"]).max()
+    parts += foretold(running_mean(stars))
     return (
         f"The running mean of ‖g_t‖ comes to ε = {eps:g} (n = {n} each, at most {most:,.0f} gradients) with "
-        f"{'; '.join(parts)}.{stars(made, eps)}"
+        f"{'; '.join(parts)}.{by_full_gradient(stars)}"
     )
 
 
-def stars(made, eps):
-    """What b* there are at this ε, and whether they lie inside the grid."""
-    table = made["critical_batch_size"]
-    if table.empty:
-        return " There is no b*."
+def running_mean(stars):
+    """The rows by the paper's rule."""
+    return stars[stars["rule"] == "running mean"]
+
+
+def star(row):
+    """Return "b* ≤ 16" of a row of `critical_batch_size`; None if it has no b*."""
     signs = {"": "b* = {}", "<=": "b* ≤ {}", ">=": "b* ≥ {}", "?": "b* near {}, open on both sides"}
-    table = table[table["b_star"].notna() & (table["eps"] == eps)]
-    edges = table["edge"].fillna("")
-    said = [signs[edge].format(b) for edge, b in zip(edges, table["b_star"].map("{:,.0f}".format), strict=True)]
-    text = each(table.assign(said=said), lambda row: f"{row['said']} ({row['rule']})")
-    return f" {text}." if text else " There is no b*."
+    edge = "" if pd.isna(row["edge"]) else row["edge"]
+    return None if pd.isna(row["b_star"]) else signs[edge].format(f"{row['b_star']:,.0f}")
 
 
-def critical(made):
-    """Where ε is reached, b*, and the two ways to C²."""
-    return " ".join(filter(None, (reached(made), solved(made)))) or None
+def by_full_gradient(stars):
+    """The b* by the norm of the full gradient; "" if there is none."""
+    found = stars[(stars["rule"] == "full gradient") & stars["b_star"].notna()]
+    return f" By ‖∇f‖: {each(found, star)}." if len(found) else ""
+
+
+def foretold(stars):
+    """The b* of the theory, by the C² that is solved from b* at another ε; one entry for each such ε."""
+    stars = stars[stars["bound"].notna() & (stars["reference_eps"] != stars["eps"])]
+    return [
+        f"the theory's b*, from that at ε = {eps:g}: "
+        + each(rows, lambda row: f"{limit(row['c_squared_from'])}{row['bound']:,.0f}")
+        for eps, rows in stars.groupby("reference_eps")
+    ]
+
+
+def limit(star):
+    """What is to be said before a number that is solved from this b*, "b* <= 16", for the bound that it is."""
+    words = {"b* <=": "at most ", "b* >=": "at least ", "b* ?": "open on both sides, "}
+    return next((text for start, text in words.items() if star.startswith(start)), "")
+
+
+def reached_by_all(steps, made):
+    """The smallest ε that was reached at every b, if that is not the smallest ε, and its b*."""
+    whole = (steps["reached"] == steps["critical_seeds"]).groupby(steps["eps"]).all()
+    if whole.iloc[0] or not whole.any():
+        return None
+    eps, stars, budget = whole.index[whole][0], made["critical_batch_size"], made["budget"]
+    stars = stars[(stars["eps"] == eps) & stars["b_star"].notna()]
+    own = running_mean(stars)
+    said = f"At every b it comes to ε = {eps:g}{': ' * bool(len(own))}{each(own, star)}.{by_full_gradient(stars)}"
+    norm = np.nan if budget.empty else budget["full_gradient_norm_max"][budget["steps"] == 0].max()
+    below = f" That ε is above ‖∇f‖ = {norm:.3g} before the first update: only the noise in g_t has to fall to it."
+    return said + below * bool(norm <= eps)
 
 
 def solved(made):
-    """The C² solved from b*, a bound where b* is one, beside the measured."""
+    """The C² solved from b*, a bound where b* is one, beside the measured: the least and the greatest of its steps."""
     table = rows_of(made["c_squared"], "solved_over_direct")
     if table.empty:
         return None
-    parts, limits = [], {"b* <=": "at most ", "b* >=": "at least ", "b* ?": "open on both sides, "}
+    parts = []
     for name, rows in table.groupby("optimizer", observed=True, sort=False):
-        star, ratio = rows["c_squared_from"].iloc[0], rows["solved_over_direct"]
-        limit = next((text for start, text in limits.items() if star.startswith(start)), "")
-        parts.append(f"{name.upper()} {limit}{ratio.min():.2g} to {ratio.max():.2g}")
-    return f"C² solved from b* is so many times the measured, over steps {steps_of(table)}: {', '.join(parts)}."
+        ratio = rows["solved_over_direct"]
+        parts.append(f"{name.upper()} {limit(rows['c_squared_from'].iloc[0])}{ratio.min():.2g} to {ratio.max():.2g}")
+    at = sorted(made["critical_batch_size"]["reference_eps"].dropna().unique(), reverse=True)
+    b, n = table["run_batch_size"].iloc[0], of_seeds(table["seeds"].max())
+    return (
+        f"Solved from b* at ε = {', '.join(map('{:g}'.format, at))}, C² is so many times the measured "
+        f"(b = {b:g}, {n}, least and greatest over steps {steps_of(table)}): {', '.join(parts)}."
+    )
 
 
 def both_rules(made):
@@ -88,7 +133,7 @@ def settings(made):
     """Return the sentences of the comparison of all settings. made: {name: DataFrame} of `comparisons.measure`."""
     controls = controlled(made["comparison"])
     titled = [f"**Injected noise.** {controls[0]}", *controls[1:]] if controls else []
-    return titled + ranked(made["comparison_correlations"])
+    return ranked(made) + titled
 
 
 def controlled(points):
@@ -102,8 +147,8 @@ def controlled(points):
         same = same.sort_values("batch_size", ascending=False)
         said += [f"b = {other['batch_size']:,}: {outcome(other)}" for other in same.to_dict("records")]
         ratio = same["updates"].max() / row["updates"]
-        caution = f" They differ {ratio:.2g}-fold in updates, not in noise alone." if ratio > 1 else ""
-        found.append(f"Test accuracy, {row['optimizer'].upper()}, {row['length']}: {'; '.join(said)}.{caution}")
+        caution = f"; they differ {ratio:.2g}-fold in updates, not in noise alone" if ratio > 1 else ""
+        found.append(f"Test accuracy, {row['optimizer'].upper()}, {row['length']}: {'; '.join(said)}{caution}.")
     return found
 
 
@@ -116,15 +161,19 @@ def outcome(row):
     return f"{mean:.2f} % ({band}{n}; {row['updates']:,.0f} updates{delta})"
 
 
-def ranked(correlations):
+def ranked(made):
     """Spearman's ρ of accuracy with δ and with updates, over all settings that may be ranked with one another."""
+    correlations, settled = made["comparison_correlations"], made["comparison"].dropna(subset="accuracy_mean")
     if correlations.empty:
         return []
+    seeds = sorted(settled["normal_seeds"].unique())
     rows = correlations[correlations["y"] == "accuracy"]
     rows = rows[((rows["x"] == "delta") & (rows["measured_at"] == "end")) | (rows["x"] == "updates")]
     rows = rows.sort_values("points", kind="stable").drop_duplicates(["equal", "precision", "x"], keep="last")
-    said, names = [], {"delta": "δ", "updates": "updates"}
+    said, names = [], {"delta": "δ at the end", "updates": "updates"}
     for equal, part in rows.groupby("equal", sort=False):
         rho = [f"{r['spearman']:.2g} with {names[r['x']]} ({r['points']} settings)" for r in part.to_dict("records")]
-        said.append(f"at equal {equal}: {', '.join(rho)}")
-    return [f"Spearman's ρ of test accuracy, without p as points are not independent: {'; '.join(said)}."] * bool(said)
+        said.append(f"at equal {equal} {', '.join(rho)}")
+    n = "–".join(dict.fromkeys([f"{seeds[0]:g}", f"{seeds[-1]:g}"]))
+    rule = f"Spearman's ρ of test accuracy (n = {n} seeds a setting; no p, as points are not independent)"
+    return [f"**Accuracy and δ.** {rule}: {'; '.join(said)}."] * bool(said)

@@ -21,23 +21,29 @@ def of_settings(runs):
     return evidence_of_training.settings(comparisons.measure(records.load(runs))[0])
 
 
+def of_critical(runs):
+    return evidence_of_training.critical(measured(runs)[1])
+
+
 def test_where_the_smallest_eps_is_reached_and_b_star(tmp_path):
     for b, n in ((16, None), (32, 40), (64, 15), (128, 14)):
         critical(tmp_path, "shb", b, 0, {"1.0": n, "2.0": 1}, steps=n or 50, min_epochs=0)
         critical(tmp_path, "sgd", b, 0, {"1.0": None, "2.0": 1}, steps=50, min_epochs=0)
-    said = evidence_of_training.reached(measured(tmp_path)[1])
+    said = of_critical(tmp_path)
     assert said.startswith(
         "The running mean of ‖g_t‖ comes to ε = 1 (n = 1 each, at most 6,400 gradients) with SGD at 0"
     )
-    assert "; SHB at 3 of 4 b (32, 64, 128)." in said
-    assert "SHB b* ≤ 64 (running mean)" in said or "SHB b* = 64 (running mean)" in said
+    assert (
+        "; SHB at 3 of 4 b (32, 64, 128), b* = 64; the theory's b*, from that at ε = 2: SGD at most 64. At every"
+        in said
+    )
 
 
 def test_b_star_is_a_bound_where_a_smaller_b_is_undecided(tmp_path):
     """At b = 16 it was looked for in 50 steps, 800 gradients; 15 steps at b = 64 are 960."""
     for b, n in ((16, None), (64, 15), (128, 14)):
         critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n or 50, min_epochs=0)
-    assert "SHB b* ≤ 64 (running mean)." in evidence_of_training.reached(measured(tmp_path)[1])
+    assert of_critical(tmp_path).endswith("(64, 128), b* ≤ 64.")
 
 
 @pytest.mark.parametrize(("steps", "said"), [((90, 20, 30), "SHB "), ((9, 20, 30), "SHB at most ")])
@@ -48,18 +54,55 @@ def test_c_squared_solved_is_a_bound_where_its_b_star_is(tmp_path, steps, said):
     found = measured(tmp_path)[1]
     ratio = found["c_squared"]["solved_over_direct"].astype(float)
     text = evidence_of_training.solved(found)
-    assert text.endswith(f"over steps 0, 20, 100: {said}{ratio.min():.2g} to {ratio.max():.2g}.")
+    assert text.startswith("Solved from b* at ε = 1, C² is so many times the measured (b = 64, n = 1 seed, ")
+    assert text.endswith(f"over steps 0, 20, 100): {said}{ratio.min():.2g} to {ratio.max():.2g}.")
 
 
-def test_no_star_is_said(tmp_path):
+def test_no_star(tmp_path):
     for b in (16, 32):
         critical(tmp_path, "sgd", b, 0, {"1.0": None}, steps=50, status="not_reached", min_epochs=0)
-    assert evidence_of_training.reached(measured(tmp_path)[1]).endswith("There is no b*.")
+    assert of_critical(tmp_path).endswith("with SGD at 0 of 2 b.")
 
 
 def test_one_b_says_nothing_of_b(tmp_path):
-    critical(tmp_path, "sgd", 16, 0, {"1.0": 5}, steps=50, min_epochs=0)
-    assert evidence_of_training.reached(measured(tmp_path)[1]) is None
+    critical(tmp_path, "sgd", 16, 0, {"1.0": None, "2.0": 5}, steps=50, min_epochs=0)
+    assert of_critical(tmp_path) is None
+
+
+def two_eps(runs, least=("-", "-", 6), greater=(90, 20, 30)):
+    """Critical runs of SHB at b = 8, 16, 32, whose steps to ε = 1 and 2 are these."""
+    for b, one, two in zip((8, 16, 32), least, greater, strict=True):
+        critical(runs, "shb", b, 0, {"1.0": None if one == "-" else one, "2.0": two}, steps=100, min_epochs=0)
+
+
+@pytest.mark.parametrize(("norm", "above"), [(2.0, True), (2.01, False), (None, False)])
+def test_the_smallest_eps_that_is_reached_at_every_b(tmp_path, norm, above):
+    two_eps(tmp_path)
+    if norm:
+        folder, rows = run(tmp_path, "shb")
+        write(folder / "measurements.csv", [row | {"full_gradient_norm": norm} for row in rows if row["steps"] == 0])
+    said = of_critical(tmp_path)
+    assert " At every b it comes to ε = 2: SHB b* = 16." in said
+    assert ("above ‖∇f‖ = 2 before the first update" in said) is above
+
+
+@pytest.mark.parametrize(("least", "greater"), [((50, 40, 30), (9, 8, 7)), (("-", "-", 6), (None, 2, 1))])
+def test_the_smallest_eps_is_not_said_twice_nor_one_that_a_run_missed(tmp_path, least, greater):
+    two_eps(tmp_path, least, greater)
+    assert "At every b" not in of_critical(tmp_path)
+
+
+def test_b_star_foretold_is_by_the_square_of_eps(tmp_path):
+    """b* ∝ 1/ε²: 16 at ε = 2 is 64 at ε = 1. At ε = 2 itself, that of the reference, nothing is foretold."""
+    two_eps(tmp_path)
+    assert "with SHB at 1 of 3 b (32); the theory's b*, from that at ε = 2: SHB 64. At every" in of_critical(tmp_path)
+
+
+def test_b_star_by_the_full_gradient_is_said_apart():
+    rows = {"optimizer": ["shb", "shb"], "rule": ["running mean", "full gradient"], "b_star": [16, 1024]}
+    stars = evidence_of_training.pd.DataFrame(rows | {"edge": ["", ">="]})
+    assert evidence_of_training.by_full_gradient(stars) == " By ‖∇f‖: SHB b* ≥ 1,024."
+    assert evidence_of_training.by_full_gradient(stars[:1]) == ""
 
 
 @pytest.mark.parametrize(
@@ -108,24 +151,28 @@ def test_injected_noise_beside_the_small_batch(tmp_path):
     settings(tmp_path)
     made = comparisons.measure(records.load(tmp_path))[0]
     (row,) = made["comparison"][made["comparison"]["batch_size"] == 64].to_dict("records")
-    said = evidence_of_training.settings(made)[0]
+    said = evidence_of_training.settings(made)[-1]
     start = "**Injected noise.** Test accuracy, SGD, 2 epochs: b = 512 and isotropic noise of norm 3: "
     assert (
         said.startswith(f"{start}14.50 % (14.00 to 15.00,")
         and "; b = 512: 11.00 % (10.00 to 12.00, n = 2; 196 updates" in said
     )
-    assert f"; b = 64: 21.00 % (20.00 to 22.00, n = 2; 1,564 updates, δ {row['delta_mean']:.3g})." in said
-    assert said.endswith(" They differ 8-fold in updates, not in noise alone.")
+    assert (
+        f"; b = 64: 21.00 % (20.00 to 22.00, n = 2; 1,564 updates, δ {row['delta_mean']:.3g}); they differ 8-fold"
+        in said
+    )
+    assert said.endswith("; they differ 8-fold in updates, not in noise alone.")
 
 
 def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
     settings(tmp_path)
     made = comparisons.measure(records.load(tmp_path))[0]
-    (said,) = [text for text in evidence_of_training.settings(made) if text.startswith("Spearman")]
+    (said,) = [text for text in evidence_of_training.settings(made) if text.startswith("**Accuracy and δ.** Spearman")]
     delta = made["comparison"].set_index(["batch_size", "injected_noise"])["delta_mean"]
     ranks = [stats.rankdata([of[512, 0.0], of[512, 3.0], of[64, 0.0]]) for of in (delta, ACCURACY)]
     rho = np.corrcoef(*ranks)[0, 1]
-    assert "at equal 2 epochs: " in said and f"{rho:.2g} with δ (3 settings)" in said
+    assert "(n = 2 seeds a setting; " in said
+    assert "at equal 2 epochs " in said and f" {rho:.2g} with δ at the end (3 settings)" in said
 
 
 def test_nothing_is_said_of_runs_without_noise_and_of_two_settings(tmp_path):
@@ -146,8 +193,8 @@ def test_delta_and_smoothing_are_compared_over_optimizers(tmp_path):
     delta = found["budget"][found["budget"]["steps"] == 100].set_index("optimizer")["delta_mean"]
     said = evidence.excess(found)
     assert said.endswith(f"each at its own weights: SHB {delta['sgd'] / delta['shb']:.3g}, 20 and 9.")
-    assert ": SGD 0.20000 ± 0.00020, SHB 0.01000 ± 0.00020; step 0: SGD " in said
-    assert f"Isotropic noise of the same length: SGD {float(rows['sgd'][-1]['isotropic']):.2g}, SHB" in said
+    assert ": SGD 0.20000 ± 0.00020, SHB 0.01000 ± 0.00020; isotropic " in said and ". At step 0: SGD " in said
+    assert f"isotropic noise of the same length by SGD {float(rows['sgd'][-1]['isotropic']):.2g}, SHB" in said
     assert "standard errors away" not in evidence.controls(found)
     table = landscape_rows(folder)
     table[-1] |= {"real": 0.02}

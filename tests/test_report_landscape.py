@@ -175,8 +175,8 @@ def test_sentences_say_what_the_tables_hold(tmp_path):
     for row in mine.to_dict("records"):
         text = words.with_error(row["c_squared_direct_mean"], row["c_squared_direct_se"])
         assert f"{text} at step {row['steps']}" in beside
-    assert "the paper's 25.3; K at least" in beside and "the paper's 1.77." in beside
-    (bound,) = [sentence for sentence in said if "It is an upper bound" in sentence]
+    assert "the paper's 25.3; K at least" in beside and "the paper's 1.77; the paper's C² is solved" in beside
+    (bound,) = [sentence for sentence in said if "An upper bound, which with" in sentence]
     ratio = found["delta_bound"].groupby("optimizer", observed=True)["bound_over_measured"].agg(["min", "max"])
     assert f"SHB {ratio['min']['shb']:.3g} to {ratio['max']['shb']:.3g}" in bound
     (growth,) = [sentence for sentence in said if sentence.startswith("C² measured at b = 64")]

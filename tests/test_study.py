@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 import arguments
 
@@ -67,9 +67,18 @@ def test_it_says_what_the_parts_took(tmp_path):
     rows = {row["part"]: row for row in study.cost(own)}
     assert rows["paper"] == {"part": "paper", "runs": 1, "ended": 1, "hours": "1.50"}
     assert rows["noise"]["ended"] == 0 and rows["noise"]["hours"] == "0.00"
+    assert study.thresholds(rows.values()) == []
     study.write_table(tmp_path / "cost.csv", pd.DataFrame(rows.values()))
     with open(tmp_path / "cost.csv", newline="") as file:
         assert list(csv.DictReader(file))[2] == {key: str(value) for key, value in rows["paper"].items()}
+
+
+@pytest.mark.parametrize("part", ["critical", "stop"])
+def test_figures_are_drawn_at_every_eps_once_a_run_looked_for_one(tmp_path, part):
+    own = study.command_line([f"--runs_dir={tmp_path}"])
+    words = [word for word in study.planned(own, part)[0].command[2:] if word != "--resume"]
+    record(tmp_path, words, "finished", seconds=1.0, results={}, mode="critical")
+    assert study.thresholds(study.cost(own)) == ["--eps", *study.EPS]
 
 
 def script(*argv, **environment):
@@ -110,7 +119,7 @@ def test_stopped_it_waits_until_the_sweep_has_stopped_its_runs(tmp_path, signum)
         while process.poll() is None and not (tmp_path / "calls").exists():
             time.sleep(0.01)
         (process.send_signal if signum == signal.SIGTERM else lambda s: os.killpg(process.pid, s))(signum)
-        assert process.wait() == 130
+        assert process.wait(PATIENCE) == 130
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -131,9 +140,11 @@ def test_bad_input(tmp_path):
 def test_of_groups_that_say_the_same_the_readme_has_the_last():
     report = "".join(
         f"\n## {group}\n\n### in words\n\n- **A.** {group} a.\n{more}- untitled\n\n### table\n"
-        for group, more in (("one", "- **B.** one b.\n"), ("two", "- **C.** two c.\n"))
+        for group, more in (("one", "- **B.** one b. More of it.\n"), ("two", "- **C.** two c = 0.5; that is all.\n"))
     )
-    assert study.words(report) == "one:\n- **B.** one b.\n\ntwo:\n- **A.** two a.\n- **C.** two c.\n"
+    assert (
+        study.words(report) == "one:\n- **B.** one b.\n\ntwo:\n- **A.** two a.\n- **C.** two c = 0.5; that is all.\n"
+    )
 
 
 def test_the_readme_shows_what_the_results_say(tmp_path):
@@ -141,6 +152,7 @@ def test_the_readme_shows_what_the_results_say(tmp_path):
     report = ROOT / "results" / "report.md"
     said = [line for line in report.read_text().splitlines() if line.startswith("- **")]
     shown = study.words(report.read_text())
+    assert len(shown.splitlines()) < 30
     assert said and all(line in " ".join(said) for line in shown.replace("\n  ", " ").splitlines() if line[:1] == "-")
     assert shown in (ROOT / "README.md").read_text()
     copy = tmp_path / "README.md"
