@@ -47,10 +47,17 @@ def composition(made):
         )
     rest = " and the noise injected" if table["injected_mean"].any() else ""
     delta = each(table, lambda row: with_error(row["delta_mean"], row["delta_se_mean"] / math.sqrt(row["seeds"])))
-    return (
-        f"{text} The rest is ‖μ‖²{rest}: the memory less the part of ∇f that it stands for. It holds noise of earlier "
-        f"mini-batches too. δ measured: {delta}."
-    )
+    text += f" The rest is ‖μ‖²{rest}: the memory less the part of ∇f that it stands for.{kept(table)}"
+    return f"{text} δ measured: {delta}."
+
+
+def kept(table):
+    """What share of E‖ω‖² noise of earlier mini-batches would be; "" if no optimizer has a memory."""
+    table = table[table["memory_mean"] > 0]
+    if table.empty:
+        return ""
+    part = each(table, lambda row: f"{100 * row['memory_noise_frozen_mean'] / tops(row):.2g} %")
+    return f" Noise of earlier mini-batches, had the weights not moved, would make this share: {part}."
 
 
 def shares(table):

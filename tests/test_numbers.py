@@ -69,3 +69,10 @@ def test_a_small_gradient_norm_is_no_sign_of_learning():
     last = pd.read_csv(ROOT / "results" / "runs" / name / "metrics.csv").iloc[-1]
     assert (last["steps"], f"{last['training_loss']:.2f}") == (int(updates), loss)
     assert last["ave-norm"] <= 1.05 and guess == f"{math.log(100):.2f}"
+
+
+def test_what_docs_quote_of_the_report():
+    report = (ROOT / "results" / "report.md").read_text()
+    lines = (ROOT / "docs" / "claims.md").read_text().splitlines()
+    quoted = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
+    assert quoted and all(text in report for text in quoted), [text for text in quoted if text not in report]

@@ -159,6 +159,8 @@ def test_sentences_say_what_the_tables_hold(tmp_path):
     se = relative * row["fresh_mean"] * row["memory_mean"] / top**2  # of f / (f + m), f with a relative error, m known
     share = words.with_error(100 * row["fresh_mean"] / top, 100 * se)
     assert f"SHB {share} %" in said[0] and "(b = 64, step 100, n = 2 seeds, 32 draws)" in said[0]
+    kept = f", SHB {100 * row['memory_noise_frozen_mean'] / top:.2g} %. δ measured: "
+    assert " had the weights not moved, would make this share: SGD " in said[0] and kept in said[0]
     row = found["smoothing"][(found["smoothing"]["optimizer"] == "sgd") & (found["smoothing"]["steps"] == 100)].iloc[0]
     (excess,) = [sentence for sentence in said if "The mini-batch noise of one step" in sentence]
     at = "40 training images, on average, by (b = 64, step 100, n = 2 seeds; BatchNorm in train mode): "
