@@ -80,7 +80,9 @@ def reached_by_all(steps, made):
     said = f"At every b it comes to ε = {eps:g}{': ' * bool(len(own))}{each(own, star)}.{by_full_gradient(stars)}"
     norm = np.nan if budget.empty else budget["full_gradient_norm_max"][budget["steps"] == 0].max()
     below = f" That ε is above ‖∇f‖ = {norm:.3g} before the first update: only the noise in g_t has to fall to it."
-    return said + below * bool(norm <= eps)
+    took = own.merge(steps, left_on=["optimizer", "eps", "b_star"], right_on=["optimizer", "eps", "batch_size"])
+    once = " At b* the first mini-batch is enough, before any update."
+    return said + below * bool(norm <= eps) + once * bool(len(took) and (took["steps_max"] == 1).all())
 
 
 def solved(made):
@@ -146,8 +148,9 @@ def controlled(points):
         said = [f"b = {row['batch_size']:,} and isotropic noise of norm {row['injected_noise']:g}: {outcome(row)}"]
         same = same.sort_values("batch_size", ascending=False)
         said += [f"b = {other['batch_size']:,}: {outcome(other)}" for other in same.to_dict("records")]
-        ratio = same["updates"].max() / row["updates"]
-        caution = f"; they differ {ratio:.2g}-fold in updates, not in noise alone" if ratio > 1 else ""
+        longest = same.loc[same["updates"].idxmax()] if len(same) else row
+        ratio, b = longest["updates"] / row["updates"], longest["batch_size"]
+        caution = f"; b = {b:,} has {ratio:.2g} times the updates of the first" if ratio > 1 else ""
         found.append(f"Test accuracy, {row['optimizer'].upper()}, {row['length']}: {'; '.join(said)}{caution}.")
     return found
 
@@ -172,6 +175,8 @@ def ranked(made):
     rows = rows.sort_values("points", kind="stable").drop_duplicates(["equal", "precision", "x"], keep="last")
     said, names = [], {"delta": "δ at the end", "updates": "updates"}
     for equal, part in rows.groupby("equal", sort=False):
+        if "delta" not in set(part["x"]):
+            continue
         rho = [f"{r['spearman']:.2g} with {names[r['x']]} ({r['points']} settings)" for r in part.to_dict("records")]
         said.append(f"at equal {equal} {', '.join(rho)}")
     n = "–".join(dict.fromkeys([f"{seeds[0]:g}", f"{seeds[-1]:g}"]))
