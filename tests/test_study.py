@@ -74,11 +74,11 @@ def test_it_says_what_the_parts_took(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["critical", "stop"])
-def test_figures_are_drawn_at_every_eps_once_a_run_looked_for_one(tmp_path, part):
+def test_figures_are_drawn_at_every_eps_once_there_is_a_history(tmp_path, part):
     own = study.command_line([f"--runs_dir={tmp_path}"])
     words = [word for word in study.planned(own, part)[0].command[2:] if word != "--resume"]
     record(tmp_path, words, "finished", seconds=1.0, results={}, mode="critical")
-    assert study.thresholds(study.cost(own)) == ["--eps", *study.EPS]
+    assert study.thresholds(study.cost(own)) == ["--eps", *study.EPS_DRAWN]
 
 
 def script(*argv, **environment):
