@@ -10,7 +10,18 @@ from report.page import bullets, markdown
 
 USUAL = {"injected_noise": 0, "precision": "default"}  # not worth a word where all points have it
 OUTCOMES = {"accuracy": "test accuracy (%)", "training_loss": "training loss (nats)"}
-NEAR = 10  # pixels, of labels that would lie upon each other
+NEAR = 10  # pixels, of points so close that one label says the b of both
+ROOM = np.array([17, 8])  # points, that a label takes
+BESIDE = (
+    (3, 3),
+    (-16, 3),
+    (3, -9),
+    (-16, -9),
+    (3, 11),
+    (-16, 11),
+    (3, -17),
+    (-16, -17),
+)  # points, of a label to its mark
 NO_PAIR = "no SGD run sampled with --draws and --draw_batchsizes"
 
 
@@ -53,7 +64,7 @@ def write(dataset, model, runs, out):
         lines.append(f"not drawn: comparison: settings of which a seed diverged, {lost:g} seeds in all")
     lines += [f"left out: {name}: {reason}" for name, reason in left_out.items()]
     print(*lines, sep="\n")
-    return f"\n## {slug}, all settings\n{page}\n### runs\n\n{bullets(lines)}"
+    return f"\n## {dataset}, {model}, all settings\n{page}\n### runs\n\n{bullets(lines)}"
 
 
 def series(points):
@@ -163,11 +174,14 @@ def marks(ax, part, key, outcome, look):
 
 
 def name_sizes(ax, points, key, outcome):
-    """Write b beside each point, but where the same number stands beside it already. The axes have their limits."""
-    written = []
+    """Write b beside each point, where no other stands, or not again beside the same. The axes have their limits."""
+    written, points_a_pixel = [], 72 / ax.figure.dpi
     for point in points.dropna(subset=[key, f"{outcome}_mean"]).to_dict("records"):
         at, b = (float(point[key]), float(point[f"{outcome}_mean"])), point["batch_size"]
         place = ax.transData.transform(at)
-        if all(other != b or np.abs(place - there).max() > NEAR for other, there in written):
-            ax.annotate(f"{b}", at, (3, 3), textcoords="offset points", fontsize=6.5, color="0.25")
-            written.append((b, place))
+        if all(other != b or np.abs(place - there).max() > NEAR for other, there, _ in written):
+            spots = [place * points_a_pixel + beside for beside in BESIDE]
+            free = [all((np.abs(spot - taken) >= ROOM).any() for *_, taken in written) for spot in spots]
+            i = free.index(True) if any(free) else 0
+            ax.annotate(f"{b}", at, BESIDE[i], textcoords="offset points", fontsize=6.5, color="0.25")
+            written.append((b, place, spots[i]))

@@ -139,14 +139,17 @@ def settings(made):
 
 
 def controlled(points):
-    """A sentence for each setting with injected noise beside the same without, and beside the other b."""
+    """A sentence for each setting with injected noise beside the same without, and beside the b of the nearest δ."""
     found = []
     for row in points[points["injected_noise"] > 0].to_dict("records"):
         same = points[(points["length"] == row["length"]) & (points["injected_noise"] == 0)]
         for key in ("optimizer", "nu", "lr", "beta", "precision"):
             same = same[(same[key] == row[key]) | (same[key].isna() & pd.isna(row[key]))]
         said = [f"b = {row['batch_size']:,} and isotropic noise of norm {row['injected_noise']:g}: {outcome(row)}"]
-        same = same.sort_values("batch_size", ascending=False)
+        other_b = same["batch_size"] != row["batch_size"]
+        away = (same["delta_mean"] - row["delta_mean"]).abs().where(other_b & (same["delta_step"] == same["updates"]))
+        near = away == away.min() if away.notna().any() else other_b
+        same = same[near | ~other_b].sort_values("batch_size", ascending=False)
         said += [f"b = {other['batch_size']:,}: {outcome(other)}" for other in same.to_dict("records")]
         longest = same.loc[same["updates"].idxmax()] if len(same) else row
         ratio, b = longest["updates"] / row["updates"], longest["batch_size"]
@@ -178,7 +181,7 @@ def ranked(made):
         if "delta" not in set(part["x"]):
             continue
         rho = [f"{r['spearman']:.2g} with {names[r['x']]} ({r['points']} settings)" for r in part.to_dict("records")]
-        said.append(f"at equal {equal} {', '.join(rho)}")
+        said.append(f"{equal} each, {', '.join(rho)}")
     n = "–".join(dict.fromkeys([f"{seeds[0]:g}", f"{seeds[-1]:g}"]))
     rule = f"Spearman's ρ of test accuracy (n = {n} seeds a setting; no p, as points are not independent)"
     return [f"**Accuracy and δ.** {rule}: {'; '.join(said)}."] * bool(said)

@@ -193,7 +193,7 @@ def measure(group):
 def write(group, out):
     """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
     made, unsound = measure(group)
-    page, lines = f"\n## {group.slug}\n", [f"{group.slug}: {len(group.runs)} runs used"]
+    page, lines = f"\n## {group.title}\n", [f"{group.slug}: {len(group.runs)} runs used"]
     for name, (draw, needed, why) in FIGURES.items():
         with plt.rc_context(axes.STYLE):
             fig = draw(*(made[table] for table in needed))

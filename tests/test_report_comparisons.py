@@ -382,6 +382,17 @@ def figure(tmp_path, monkeypatch):
     return draw
 
 
+def test_no_label_lies_upon_another(tmp_path, figure):
+    """All with as many updates, and with accuracies so near that the marks touch."""
+    for i, b in enumerate((16, 32, 64, 128, 512)):
+        normal(tmp_path, "sgd", b, 0, 50.0 + i / 10, epochs=3, max_steps=100, steps=100)
+    fig, _, _ = figure()
+    fig.canvas.draw()
+    boxes = [text.get_window_extent() for text in fig.axes[0].texts]
+    assert len(boxes) == 5
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
 def test_the_figure_has_a_column_for_what_is_known_and_a_legend_of_what_differs(tmp_path, figure):
     for optimizer in ("sgd", "shb"):
         for b in (64, 256):
@@ -451,4 +462,4 @@ def test_figures_py_draws_what_the_groups_leave_out(tmp_path):
     ]
     assert {path.suffix for path in (tmp_path / "out").glob("*_comparison.*")} == {".png", ".pdf", ".csv"}
     text = (tmp_path / "out" / "report.md").read_text()
-    assert f"![comparison]({SLUG}_comparison.png)" in text and f"## {SLUG}, all settings" in text
+    assert f"![comparison]({SLUG}_comparison.png)" in text and "## CIFAR100, ResNet18, all settings" in text

@@ -156,17 +156,31 @@ def settings(runs):
 
 
 def test_injected_noise_beside_the_small_batch(tmp_path):
+    """Beside the same b, and b = 64 whose δ is known where its training ended; that of b = 32 is not."""
     settings(tmp_path)
+    normal(tmp_path, "sgd", 32, 0, 30.0, epochs=2, steps=3126)
     made = comparisons.measure(records.load(tmp_path))[0]
     (row,) = made["comparison"][made["comparison"]["batch_size"] == 64].to_dict("records")
     said = evidence_of_training.settings(made)[-1]
-    start = "**Injected noise.** Test accuracy, SGD, 2 epochs: b = 512 and isotropic noise of norm 3: "
-    assert (
-        said.startswith(f"{start}14.50 % (14.00 to 15.00,")
-        and "; b = 512: 11.00 % (10.00 to 12.00, n = 2; 196 updates" in said
+    start = (
+        "**Injected noise.** Test accuracy, SGD, 2 epochs: b = 512 and isotropic noise of norm 3: 14.50 % (14.00 to "
     )
+    assert said.startswith(f"{start}15.00,") and "; b = 512: 11.00 % (10.00 to 12.00, n = 2; 196 updates" in said
     assert f"; b = 64: 21.00 % (20.00 to 22.00, n = 2; 1,564 updates, δ {row['delta_mean']:.3g}); b = 64 has 8" in said
-    assert said.endswith("; b = 64 has 8 times the updates of the first.")
+    assert said.endswith("; b = 64 has 8 times the updates of the first.") and "b = 32" not in said
+
+
+def test_of_two_small_batches_that_with_the_nearer_delta_is_beside_injected_noise():
+    near = {"batch_size": [512, 512, 64, 32], "injected_noise": [3.0, 0, 0, 0], "delta_mean": [0.3, 0.1, 0.26, 0.33]}
+    known = {"optimizer": "sgd", "nu": np.nan, "lr": 0.1, "beta": np.nan, "precision": "default", "length": "2 epochs"}
+    known |= {"normal_seeds": 1, "normal_diverged": 0, "accuracy_min": 9.0, "accuracy_mean": 9.0, "accuracy_max": 9.0}
+    points = evidence_of_training.pd.DataFrame(
+        near | {"updates": [8, 8, 64, 128], "delta_step": [8, 8, 64, 128]}
+    ).assign(**known)
+    assert "; b = 32: 9.00 %" in evidence_of_training.controlled(points)[0]
+    assert "b = 64" not in evidence_of_training.controlled(points)[0]
+    points.loc[3, "delta_step"] = 100
+    assert "; b = 64: 9.00 %" in evidence_of_training.controlled(points)[0]
 
 
 def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
@@ -177,7 +191,7 @@ def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
     ranks = [stats.rankdata([of[512, 0.0], of[512, 3.0], of[64, 0.0]]) for of in (delta, ACCURACY)]
     rho = np.corrcoef(*ranks)[0, 1]
     assert "(n = 2 seeds a setting; " in said
-    assert "at equal 2 epochs " in said and f" {rho:.2g} with δ at the end (3 settings)" in said
+    assert ": 2 epochs each, " in said and f" {rho:.2g} with δ at the end (3 settings)" in said
 
 
 def test_no_ranks_are_told_where_delta_is_not_known(tmp_path):
