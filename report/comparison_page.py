@@ -12,16 +12,7 @@ USUAL = {"injected_noise": 0, "precision": "default"}  # not worth a word where 
 OUTCOMES = {"accuracy": "test accuracy (%)", "training_loss": "training loss (nats)"}
 NEAR = 10  # pixels, of points so close that one label says the b of both
 ROOM = np.array([17, 8])  # points, that a label takes
-BESIDE = (
-    (3, 3),
-    (-16, 3),
-    (3, -9),
-    (-16, -9),
-    (3, 11),
-    (-16, 11),
-    (3, -17),
-    (-16, -17),
-)  # points, of a label to its mark
+BESIDE = [(x, y) for y in (3, -9, 13, -19) for x in (3, -16)]  # points, from a mark to where its label may begin
 NO_PAIR = "no SGD run sampled with --draws and --draw_batchsizes"
 
 
@@ -174,7 +165,8 @@ def marks(ax, part, key, outcome, look):
 
 
 def name_sizes(ax, points, key, outcome):
-    """Write b beside each point, where no other stands, or not again beside the same. The axes have their limits."""
+    """Write b beside each point, where no other stands, or not again beside the same."""
+    ax.autoscale_view()  # else matplotlib does so as it draws, and the marks move
     written, points_a_pixel = [], 72 / ax.figure.dpi
     for point in points.dropna(subset=[key, f"{outcome}_mean"]).to_dict("records"):
         at, b = (float(point[key]), float(point[f"{outcome}_mean"])), point["batch_size"]

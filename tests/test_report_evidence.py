@@ -196,7 +196,9 @@ def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
 
 def test_no_ranks_are_told_where_delta_is_not_known(tmp_path):
     for b in (64, 128, 512):
-        normal(tmp_path, "sgd", b, 0, 20.0 - b / 100, epochs=2)
+        normal(tmp_path, "sgd", b, 0, 20.0 - b / 100, epochs=2, steps=6400 // b)
+    made = comparisons.measure(records.load(tmp_path))[0]
+    assert "updates" in set(made["comparison_correlations"]["x"])
     assert of_settings(tmp_path) == []
 
 
