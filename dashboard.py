@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from arguments import result_arguments
+from files import replacing
 from messages import warn
 
 FINISH_LIMIT = 30.0  # seconds that wandb may take to end, once everything else is done
@@ -115,6 +116,9 @@ def mend(path: Path) -> int:
 
     `wandb sync` stops at such an end, and leaves out all later parts. The file is in LevelDB's log format: after 7
     bytes of header, blocks of 32 KiB, of chunks with a checksum (4 bytes), a length (2) and a kind (1) in front.
+
+    wandb-core outlives a run that is killed, and under load writes on when the next part begins. What it writes then
+    goes to the file that is replaced: otherwise its rows would be there twice.
     """
     content, at, end, record, last = path.read_bytes(), 7, 7, b"", 0
     while at + 7 <= len(content):
@@ -127,8 +131,8 @@ def mend(path: Path) -> int:
         at += 7 + length
         if kind in (1, 4) and at <= len(content):  # a whole record, or its last chunk
             last, record, end = max(last, _steps(record)), b"", at
-    if end < len(content):
-        os.truncate(path, end)
+    with replacing(path) as file:
+        file.write(content[:end])
     return last
 
 

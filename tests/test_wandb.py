@@ -203,6 +203,33 @@ def test_a_run_killed_twice_is_one_wandb_run_with_each_row_once(tmp_path):
     assert b"the rest is missing" not in parts[0].read_bytes()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_what_the_wandb_core_of_a_killed_run_still_writes_is_not_logged_twice(tmp_path):
+    process = child.start([*TINY, "--epochs", 100_000, "--resume", "--checkpoint_every", 0.5], tmp_path)
+    wait_for(tmp_path / "log", "epoch 20 ", process)
+    cores = child.cores(process.pid)
+    for core in cores:
+        os.kill(core, signal.SIGSTOP)
+    written = [path.stat().st_size for path in tmp_path.glob("runs/r/wandb/offline-run-*/run-*.wandb")]
+    wait_for(tmp_path / "log", "epoch 40 ", process)
+    process.kill()
+    process.join()
+    (path,) = tmp_path.glob("runs/r/wandb/offline-run-*/run-*.wandb")
+    held = path.open("rb")  # the file that the core has open
+    process = child.start([*TINY, "--epochs", 60, "--resume"], tmp_path)
+    wait_for(tmp_path / "log", "epoch 60 ", process)
+    for core in cores:
+        os.kill(core, signal.SIGCONT)
+    process.join(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while any(child.runs(core) for core in cores):  # it ends itself, its parent being dead
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert written and os.fstat(held.fileno()).st_size > written[0]  # it did write
+    parts = sorted(tmp_path.glob("runs/r/wandb/offline-run-*/run-*.wandb"))
+    assert [step for path in parts for step in steps_in(path)] == [23 * (n + 1) for n in range(60)]
+
+
 def test_a_wandb_agent_s_id_is_taken(tmp_path, monkeypatch):
     done = run_main(*ARGS, "--max_steps", 1, cwd=tmp_path, env=CLEAN | {"WANDB_RUN_ID": "of-the-sweep"})
     assert done.returncode == 0 and "/offline-run-*-of-the-sweep`" in done.stdout, done
