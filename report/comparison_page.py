@@ -5,11 +5,11 @@ import numpy as np
 
 from files import write_table
 from report import axes, comparisons, evidence_of_training, theory
-from report.axes import nth_look
 from report.page import bullets, markdown
 
 USUAL = {"injected_noise": 0, "precision": "default"}  # not worth a word where all points have it
 OUTCOMES = {"accuracy": "test accuracy (%)", "training_loss": "training loss (nats)"}
+FILLINGS = ("full", "none", "left", "top", "right", "bottom")  # of a mark
 NEAR = 10  # pixels, of points so close that one label says the b of both
 ROOM = np.array([17, 8])  # points, that a label takes
 BESIDE = [(x, y) for y in (3, -9, 13, -19) for x in (3, -16)]  # points, from a mark to where its label may begin
@@ -123,12 +123,13 @@ def figure(points):
     )
     order = points["optimizer"].map({name: i for i, name in enumerate(theory.OPTIMIZERS)})
     points = points.assign(order=order).sort_values(["order", "series"], kind="stable")
+    every = looks(points)
     for (key, label), column in zip(columns.items(), panels.T, strict=True):
         set_scale(column[0], "x", points[key])
         set_scale(column[1], "y", points["training_loss_mean"])
         for ax, outcome in zip(column, OUTCOMES, strict=True):
-            for i, (name, part) in enumerate(points.groupby("series", sort=False)):
-                marks(ax, part.sort_values("batch_size"), key, outcome, nth_look(i) | {"label": name})
+            for name, part in points.groupby("series", sort=False):
+                marks(ax, part.sort_values("batch_size"), key, outcome, every[name] | {"label": name})
             ax.margins(0.12)
             ax.label_outer()
         column[1].set_xlabel(label)
@@ -139,6 +140,18 @@ def figure(points):
             for ax, outcome in zip(column, OUTCOMES, strict=True):
                 name_sizes(ax, points, key, outcome)
     return fig
+
+
+def looks(points):
+    """Return {series: look}: colour and marker of its optimizer, filling and dashes of what it has beside it."""
+    parts = {name: name.partition(", ")[::2] for name in points["series"].unique()}
+    optimizers, others = (list(dict.fromkeys(found)) for found in zip(*parts.values(), strict=True))
+    found = {}
+    for name, (optimizer, other) in parts.items():
+        i, n = others.index(other), len(FILLINGS)
+        look = {"fillstyle": FILLINGS[i % n], "linestyle": axes.DASHES[(i + i // n) % len(axes.DASHES)]}
+        found[name] = axes.nth_look(optimizers.index(optimizer)) | look
+    return found
 
 
 def set_scale(ax, axis, values):

@@ -196,24 +196,28 @@ def of_one_step(points, step):
 
 
 def correlations(points):
-    """Return Spearman's ρ of accuracy and training loss with δ, sharpness and updates, within comparable sets only.
+    """Return Spearman's ρ of accuracy and training loss with δ, sharpness, updates and b, within comparable sets only.
 
     A set trained for as many epochs or updates, and was measured at its end or at one step; a set that is another
-    once more is not repeated. Points of a diverged seed are left out, and so are sets of fewer than SEVERAL points,
-    or of equal values. No p: points that share seeds, data and a grid are not independent.
+    once more is not repeated. Updates and b are ranked over the settings with δ at the end too, and all three over
+    those of them without injected noise. Points of a diverged seed are left out, and so are sets of fewer than SEVERAL
+    points, or of equal values. No p: points that share seeds, data and a grid are not independent.
     """
     rows, seen = [], set()
     for shared, members in comparable(points[points["normal_diverged"] == 0]):
-        parts = [("updates", "", members)]
-        parts += [("delta", *part) for part in of_one_step(members, "delta_step")]
+        ended = members[members["delta_step"] == members["updates"]]
+        quiet = ended[ended["injected_noise"] == 0]
+        parts = [("delta", *part) for part in of_one_step(members, "delta_step")] + [("delta", "end", quiet)]
+        parts += [(x, "", part) for part in (members, ended, quiet) for x in ("updates", "batch_size")]
         parts += [(SHARPNESS, *part) for part in of_one_step(members, "sharpness_step")]
         for x, at, part in parts:
             for optimizer, mine in [*part.groupby("optimizer"), ("all", part)]:
                 key = (x, frozenset(mine.index))
                 if key not in seen:
                     seen.add(key)
-                    about = shared | {"x": x, "measured_at": at, "optimizer": optimizer}
-                    rows += [about | rho for rho in ranked(mine, x)]
+                    injected = "some" if mine["injected_noise"].any() else "none"
+                    about = {"x": x, "measured_at": at, "optimizer": optimizer, "injected_noise": injected}
+                    rows += [shared | about | rho for rho in ranked(mine, x)]
     return pd.DataFrame(rows)
 
 

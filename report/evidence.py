@@ -1,7 +1,7 @@
 """What the tables of a group say, in sentences: each with its n and its spread, none beyond the data.
 
 A sentence is made from the tables alone, as report.md and the CSV files hold them, and is left out where they say
-nothing. README.md opens with those of results/ that have a title, up to the first full stop; a test compares them.
+nothing. README.md opens with some that have a title, up to the first full stop (scripts/study.py).
 """
 
 import math

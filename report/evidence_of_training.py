@@ -168,20 +168,33 @@ def outcome(row):
 
 
 def ranked(made):
-    """Spearman's ρ of accuracy with δ and with updates, over all settings that may be ranked with one another."""
+    """Spearman's ρ of accuracy with δ, and with updates and b over the same settings: those that may be ranked."""
     correlations, settled = made["comparison_correlations"], made["comparison"].dropna(subset="accuracy_mean")
     if correlations.empty:
         return []
-    seeds = sorted(settled["normal_seeds"].unique())
     rows = correlations[correlations["y"] == "accuracy"]
-    rows = rows[((rows["x"] == "delta") & (rows["measured_at"] == "end")) | (rows["x"] == "updates")]
-    rows = rows.sort_values("points", kind="stable").drop_duplicates(["equal", "precision", "x"], keep="last")
-    said, names = [], {"delta": "δ at the end", "updates": "updates"}
-    for equal, part in rows.groupby("equal", sort=False):
-        if "delta" not in set(part["x"]):
-            continue
-        rho = [f"{r['spearman']:.2g} with {names[r['x']]} ({r['points']} settings)" for r in part.to_dict("records")]
-        said.append(f"{equal} each, {', '.join(rho)}")
+    with_delta = rows[(rows["x"] == "delta") & (rows["measured_at"] == "end")]
+    said = []
+    for (equal, precision), part in with_delta.groupby(["equal", "precision"], sort=False):
+        others = rows[(rows["equal"] == equal) & (rows["precision"] == precision)]
+        widest = part[part["optimizer"] == part["optimizer"].iloc[-1]]  # "all", or the only one
+        said.append(f"{equal} each, {'; '.join(over(row, others) for row in widest.to_dict('records'))}")
+    seeds = sorted(settled["normal_seeds"].unique())
     n = "–".join(dict.fromkeys([f"{seeds[0]:g}", f"{seeds[-1]:g}"]))
     rule = f"Spearman's ρ of test accuracy (n = {n} seeds a setting; no p, as points are not independent)"
     return [f"**Accuracy and δ.** {rule}: {'; '.join(said)}."] * bool(said)
+
+
+def over(delta, others):
+    """Return ρ with δ of a row of the correlations, and with updates and b over the same settings, as text.
+
+    The sets that are ranked lie within one another, so that one of as many settings is the same.
+    """
+    same = others[(others["optimizer"] == delta["optimizer"]) & (others["points"] == delta["points"])]
+    found = same.set_index("x")["spearman"]
+    rho = [f"{delta['spearman']:.2g} with δ at the end"]
+    rho += [f"{found[x]:.2g} with {name}" for x, name in (("updates", "updates"), ("batch_size", "b")) if x in found]
+    which = f"{delta['points']} settings"
+    if delta["injected_noise"] == "none" and "some" in set(others["injected_noise"]):
+        which = f"the {delta['points']} without injected noise"
+    return f"over {which} {', '.join(rho)}"

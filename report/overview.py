@@ -73,8 +73,8 @@ def variance(ax, table):
     for at, row in zip(x, table.to_dict("records"), strict=True):
         if pd.notna(row["c_squared"]):
             edge = next((arrow for text, arrow in EDGES.items() if str(row["c_squared_from"]).startswith(text)), "D")
-            look = {"marker": edge, "ms": 6 if edge == "D" else 12, "color": COLORS[1]}
-            mark(ax, [at + 0.2], [row["c_squared"]], "C² solved from b*" + ", a bound" * (edge != "D"), **look)
+            look = {"marker": edge, "ms": 6 if edge == "D" else 12, "color": COLORS[1], "linestyle": ""}
+            ax.plot(at + 0.2, row["c_squared"], **look, label="C² solved from b*" + ", a bound" * (edge != "D"))
     if table["published_c_squared"].notna().any():
         mark(ax, x - 0.2, table["published_c_squared"], "C² published", marker="x", ms=7, color="k")
     ax.set_ylabel("C² (gradient norm squared)")

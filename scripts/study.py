@@ -34,6 +34,13 @@ EPS = ("1.15", "1.1", "1.05")  # ‖∇f‖ is 1.16 before the first update: by 
 EPS_DRAWN = ("4", "3.5", "3", *EPS)  # ‖g‖ is between 1.3 and 5.9 there: the greater are in the histories of the runs
 NOISE_TO_INJECT = "3.1"  # √(V_64 − V_512) of SGD at step 400, by the noise part
 EPOCHS = 2  # of `normal`
+SHOWN = (
+    "What ω is.",
+    "Does it smooth?",
+    "The theory's constants.",
+    "Two ways to C².",
+    "Accuracy and δ.",
+)  # in README.md
 TERMINATED = []  # one entry for each SIGTERM
 DRAWN = ("--draws=64", "--draw_batchsizes", "8", "32", "512")
 
@@ -85,8 +92,9 @@ def stop(own: argparse.Namespace) -> list[list[str]]:
 
 def noise(own: argparse.Namespace) -> list[list[str]]:
     """The noise budget over training, C² over b, shape: all optimizers at b = 128, SGD at two more."""
-    line = ["sampling", f"--seeds={own.seeds[0]}", "--steps", "0", "50", "400", "1600", *DRAWN, "--shape"]
-    return [[*line, "--batchsizes=128"], [*line, "--batchsizes=16 1024", "--optimizers=sgd"]]
+    line = ["sampling", f"--seeds={own.seeds[0]}", *DRAWN, "--shape", "--steps", "0", "50", "400"]
+    small, large = ["4000", "--batchsizes=16", "--optimizers=sgd"], ["--batchsizes=1024", "--optimizers=sgd"]
+    return [[*line, "1600", "--batchsizes=128"], [*line, "1600", *small], [*line, *large]]
 
 
 def landscape(own: argparse.Namespace) -> list[list[str]]:
@@ -178,12 +186,12 @@ def wait_for(command: list[str]) -> int:
 
 
 def words(report: str) -> str:
-    """What a report.md says under a title, as README.md has it: of each title the last group's, to the first stop."""
+    """What a report.md says under the titles SHOWN: of each the last group's, to the first full stop."""
     groups, found, lines = report.split("\n## ")[1:], {}, []
     for group in groups:
         said = group.partition("### in words\n")[2].partition("\n### ")[0]
         for sentence in said.splitlines():
-            if sentence.startswith("- **"):
+            if sentence.startswith("- **") and sentence.split("**")[1] in SHOWN:
                 first = sentence.partition(". ")[0].removesuffix(".") + "."
                 found[sentence.split("**")[1]] = (group.splitlines()[0], first)
     for group in groups:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import subprocess
 import sys
 
 import pandas as pd
@@ -34,6 +35,20 @@ def test_what_save_memory_saves():
         ours, saving = found[int(b), "ours"], found[int(b), "saving"]
         assert milliseconds == ", ".join(f"{1000 * row['seconds_a_step']:,.0f}" for row in (ours, saving))
         assert megabytes == ", ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in (ours, saving))
+
+
+def test_the_tables_and_the_report_are_what_figures_py_makes_of_the_records(tmp_path):
+    """And no file lies beside them that it does not make."""
+    results, others = ROOT / "results", {"cost.csv", "quickstart.txt", "save_memory.json"}
+    flags = study.thresholds(study.cost(study.command_line([])))
+    command = [sys.executable, str(ROOT / "figures.py"), str(results / "runs"), "--out", str(tmp_path), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {path.name for path in results.iterdir() if path.is_file()} - others
+    assert (tmp_path / "report.md").read_text() == (results / "report.md").read_text()
+    for name in (name for name in made if name.endswith(".csv")):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / name), pd.read_csv(results / name), rtol=1e-9)
 
 
 def test_what_has_been_done_of_the_study():
@@ -74,6 +89,18 @@ def test_a_small_gradient_norm_is_no_sign_of_learning():
     last = pd.read_csv(ROOT / "results" / "runs" / name / "metrics.csv").iloc[-1]
     assert (last["steps"], f"{last['training_loss']:.2f}") == (int(updates), loss)
     assert last["ave-norm"] <= 1.05 and guess == f"{math.log(100):.2f}"
+
+
+def test_the_norm_that_the_stop_has_not_seen():
+    text = " ".join((ROOT / "docs" / "claims.md").read_text().split())
+    every, norm, step = re.search(r"measured every (\d+) updates; .*? have ([\d.]+) at step (\d+)\.", text).groups()
+    table = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_budget.csv")
+    of = table[(table["optimizer"] == "sgd") & (table["run_batch_size"] == 128)].set_index("steps")
+    assert f"{of['full_gradient_norm_mean'][int(step)]:.3f}" == norm
+    stops = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_full_gradients.csv")
+    stops = stops[stops["optimizer"] == "sgd"].set_index("steps")["full_gradient_norm"]
+    assert list(stops.index) == [i * int(every) for i in range(len(stops))]
+    assert stops.loc[: int(step)].min() > 1.05 and float(norm) <= 1.05
 
 
 def test_what_docs_quote_of_the_report():

@@ -285,12 +285,13 @@ def test_rank_correlations_are_a_slow_twins_and_of_comparable_sets_only(tmp_path
     for length, equal, at in (("epochs", "2 epochs", "step 1000"), ("updates", "1000 updates", "end")):
         part = [entry for entry in written if entry[1] == length]
         for y, column in (("accuracy", 2), ("training_loss", 3)):
-            x = ranks([deltas[entry[0]] for entry in part])
-            expected = np.corrcoef(x, ranks([entry[column] for entry in part]))[0, 1]
-            row = point(rows, equal=equal, x="delta", measured_at=at, optimizer="sgd", y=y)
-            assert row["spearman"] == pytest.approx(expected) and row["points"] == 4
+            for x, measured_at in (("delta", at), ("batch_size", "")):
+                values = ranks([deltas[entry[0]] if x == "delta" else entry[0] for entry in part])
+                expected = np.corrcoef(values, ranks([entry[column] for entry in part]))[0, 1]
+                row = point(rows, equal=equal, x=x, measured_at=measured_at, optimizer="sgd", y=y)
+                assert row["spearman"] == pytest.approx(expected) and row["points"] == 4
     assert set(rows["equal"]) == {"2 epochs", "1000 updates"}
-    assert set(rows["x"][rows["equal"] == "1000 updates"]) == {"delta"}  # all made as many updates
+    assert set(rows["x"][rows["equal"] == "1000 updates"]) == {"delta", "batch_size"}  # all made as many
     assert set(rows["optimizer"]) == {"sgd"}  # of all optimizers it would be the same once more
     assert not any(column == "p" or "p_value" in column for column in rows)
 
@@ -380,6 +381,15 @@ def figure(tmp_path, monkeypatch):
         return (*found[0], text) if found else (None, None, text)
 
     return draw
+
+
+def test_an_optimizer_has_one_colour_and_marker_and_no_two_series_look_alike():
+    names = [f"{optimizer}, lr {lr}" for lr in range(12) for optimizer in ("SGD", "SHB", "NSHB")]
+    found = comparison_page.looks(pd.DataFrame({"series": [*names, "QHM"]}))
+    assert len({str(look) for look in found.values()}) == 37
+    for i, optimizer in enumerate(("SGD", "SHB", "NSHB", "QHM")):
+        own = [look for name, look in found.items() if name.split(",")[0] == optimizer]
+        assert {(look["color"], look["marker"]) for look in own} == {(axes.COLORS[i], axes.MARKERS[i])}
 
 
 def test_no_label_lies_upon_another(tmp_path, figure):
