@@ -168,7 +168,7 @@ def outcome(row):
 
 
 def ranked(made):
-    """Spearman's ρ of accuracy with δ, and with updates and b over the same settings: those that may be ranked."""
+    """Spearman's ρ of accuracy with δ, and with updates or b over the same settings: those that may be ranked."""
     correlations, settled = made["comparison_correlations"], made["comparison"].dropna(subset="accuracy_mean")
     if correlations.empty:
         return []
@@ -186,14 +186,15 @@ def ranked(made):
 
 
 def over(delta, others):
-    """Return ρ with δ of a row of the correlations, and with updates and b over the same settings, as text.
+    """Return ρ with δ of a row of the correlations, as text, and with updates over the same settings.
 
-    The sets that are ranked lie within one another, so that one of as many settings is the same.
+    Where these have equal updates, it is with b: at equal epochs b ranks them as updates do, the other way round. The
+    sets that are ranked lie within one another, so that one of as many settings is the same.
     """
     same = others[(others["optimizer"] == delta["optimizer"]) & (others["points"] == delta["points"])]
     found = same.set_index("x")["spearman"]
-    rho = [f"{delta['spearman']:.2g} with δ at the end"]
-    rho += [f"{found[x]:.2g} with {name}" for x, name in (("updates", "updates"), ("batch_size", "b")) if x in found]
+    named = [(x, name) for x, name in (("updates", "updates"), ("batch_size", "b")) if x in found]
+    rho = [f"{delta['spearman']:.2g} with δ at the end"] + [f"{found[x]:.2g} with {name}" for x, name in named[:1]]
     which = f"{delta['points']} settings"
     if delta["injected_noise"] == "none" and "some" in set(others["injected_noise"]):
         which = f"the {delta['points']} without injected noise"

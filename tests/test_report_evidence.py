@@ -194,25 +194,28 @@ def test_rank_correlations_are_told_of_sets_that_may_be_ranked(tmp_path):
     assert f": 2 epochs each, over 3 settings {rho:.2g} with δ at the end, " in said
 
 
+@pytest.mark.parametrize("length", ["2 epochs", "500 updates"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_updates_and_b_are_ranked_over_the_settings_that_delta_is_ranked_over(tmp_path, seed):
+def test_updates_or_b_are_ranked_over_the_settings_that_delta_is_ranked_over(tmp_path, seed, length):
     rng, known = np.random.default_rng(seed), []
     for b, injected in ((16, 0), (32, 0), (64, 0), (128, 0), (512, 0), (512, 3.1), (32, 1.0)):
-        accuracy, updates = float(rng.uniform(1, 50)), -(-100_000 // b)
-        normal(tmp_path, "sgd", b, 0, accuracy, epochs=2, steps=updates, injected_noise=injected)
+        accuracy, updates, more = float(rng.uniform(1, 50)), -(-100_000 // b), {"epochs": 2}
+        if length == "500 updates":
+            updates, more = 500, {"epochs": 99, "max_steps": 500}
+        normal(tmp_path, "sgd", b, 0, accuracy, steps=updates, injected_noise=injected, **more)
         if b != 128:
             folder = sampling(tmp_path, "sgd", b, 0, 1.0, gaussian(), steps=updates, injected_noise=injected)
             delta = float(rng.uniform())
             edit(folder, "results", delta=delta)
-            known.append((accuracy, delta, updates, b, injected))
+            known.append((accuracy, delta, -b if length == "2 epochs" else b, injected))
     made = comparisons.measure(records.load(tmp_path))[0]
     (said,) = evidence_of_training.ranked(made)
-    texts = []
+    texts, name = [], {"2 epochs": "updates", "500 updates": "b"}[length]
     for which, part in (("6 settings", known), ("the 4 without injected noise", [of for of in known if not of[-1]])):
-        ranks = [stats.rankdata(column) for column in list(zip(*part, strict=True))[:4]]
-        delta, updates, b = (np.corrcoef(ranks[0], of)[0, 1] for of in ranks[1:])
-        texts.append(f"over {which} {delta:.2g} with δ at the end, {updates:.2g} with updates, {b:.2g} with b")
-    assert said.endswith(f": 2 epochs each, {'; '.join(texts)}.")
+        ranks = [stats.rankdata(column) for column in list(zip(*part, strict=True))[:3]]
+        delta, other = (np.corrcoef(ranks[0], of)[0, 1] for of in ranks[1:])
+        texts.append(f"over {which} {delta:.2g} with δ at the end, {other:.2g} with {name}")
+    assert said.endswith(f": {length} each, {'; '.join(texts)}.")
 
 
 def test_no_ranks_are_told_where_delta_is_not_known(tmp_path):
