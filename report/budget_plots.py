@@ -31,11 +31,16 @@ def of_shown_size(table):
     return table[table["run_batch_size"] == shown_size(table)]
 
 
+def of_one_mode(table):
+    """Return the rows in training-mode BatchNorm, or those in evaluation mode where there are no others."""
+    return table[table["batchnorm"] == ("train" if (table["batchnorm"] == "train").any() else "eval")]
+
+
 def rows_of(table, column):
     """Return the rows in which `column` is known: of the b that the figures show, in training mode if there is one."""
     if column not in table:
         return table[:0]
-    table = table[table["batchnorm"] == ("train" if (table["batchnorm"] == "train").any() else "eval")]
+    table = of_one_mode(table)
     return of_shown_size(table[table[column].notna()]) if table[column].notna().any() else table[:0]
 
 

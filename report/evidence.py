@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from report.budget_plots import last, rows_of, tops
-from report.evidence_of_training import both_rules, critical, solved
+from report.evidence_of_training import both_rules, critical, over_sizes, solved
 from report.words import each, of_seeds, short, steps_of, with_error
 
 
@@ -246,4 +246,4 @@ TITLED = {
     "Critical batch sizes.": critical,
     "Two ways to C².": solved,
 }
-OTHERS = (controls, displacement, curvature, both_rules, growth, flatness, normality)
+OTHERS = (controls, displacement, curvature, both_rules, growth, flatness, over_sizes, normality)

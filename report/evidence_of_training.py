@@ -1,10 +1,11 @@
-"""Sentences, as in evidence.py, on how many steps ε takes and on how well settings generalize."""
+"""Sentences, as in evidence.py, on how many steps ε takes, what changes with b, and how well settings generalize."""
 
 import numpy as np
 import pandas as pd
 
-from report.budget_plots import rows_of
-from report.words import each, of_seeds, steps_of
+from report import theory
+from report.budget_plots import of_one_mode, rows_of
+from report.words import each, of_seeds, span_of_seeds, steps_of, with_error
 
 
 def critical(made):
@@ -80,9 +81,14 @@ def reached_by_all(steps, made):
     said = f"At every b it comes to ε = {eps:g}{': ' * bool(len(own))}{each(own, star)}.{by_full_gradient(stars)}"
     norm = np.nan if budget.empty else budget["full_gradient_norm_max"][budget["steps"] == 0].max()
     below = f" That ε is above ‖∇f‖ = {norm:.3g} before the first update: only the noise in g_t has to fall to it."
-    took = own.merge(steps, left_on=["optimizer", "eps", "b_star"], right_on=["optimizer", "eps", "batch_size"])
     once = " At b* the first mini-batch is enough, before any update."
-    return said + below * bool(norm <= eps) + once * bool(len(took) and (took["steps_max"] == 1).all())
+    return said + below * bool(norm <= eps) + once * at_once(own, steps)
+
+
+def at_once(stars, steps):
+    """Whether the first mini-batch is enough at every b* of these rows."""
+    took = stars.merge(steps, left_on=["optimizer", "eps", "b_star"], right_on=["optimizer", "eps", "batch_size"])
+    return bool(len(took) and (took["steps_max"] == 1).all())
 
 
 def solved(made):
@@ -94,16 +100,45 @@ def solved(made):
     for name, rows in table.groupby("optimizer", observed=True, sort=False):
         ratio = rows["solved_over_direct"]
         parts.append(f"{name.upper()} {limit(rows['c_squared_from'].iloc[0])}{ratio.min():.2g} to {ratio.max():.2g}")
-    at = sorted(made["critical_batch_size"]["reference_eps"].dropna().unique(), reverse=True)
+    stars = running_mean(made["critical_batch_size"])
+    at = sorted(stars["reference_eps"].dropna().unique(), reverse=True)
+    used = stars[(stars["eps"] == stars["reference_eps"]) & stars["b_star"].notna()]
+    once = ", where the first mini-batch is enough," * at_once(used, made["steps"])
     b, n = table["run_batch_size"].iloc[0], of_seeds(table["seeds"].max())
     return (
-        f"Solved from b* at ε = {', '.join(map('{:g}'.format, at))}, C² is so many times the measured "
+        f"Solved from b* at ε = {', '.join(map('{:g}'.format, at))}{once or ','} C² is so many times the measured "
         f"(b = {b:g}, {n}, least and greatest over steps {steps_of(table)}): {', '.join(parts)}."
     )
 
 
+def over_sizes(made):
+    """How C² and δ change with the b that a run trains with, at the step that was measured at most b."""
+    table = made["budget"]
+    if table.empty:
+        return None
+    table = of_one_mode(table[table["steps"] > 0])
+    sizes = table.groupby("steps")["run_batch_size"].nunique()
+    rows = table[table["steps"] == sizes.idxmax()] if len(sizes) else table
+    rows = rows[rows.groupby("optimizer", observed=True)["run_batch_size"].transform("nunique") > 1]
+    if rows.empty:
+        return None
+    at = f"after {rows['steps'].iloc[0]:,} updates ({span_of_seeds(rows['seeds'])}; b of the run in brackets)"
+    c_squared, delta = (of_sizes(rows, column) for column in ("c_squared_direct", "delta"))
+    return f"C² measured {at}: {c_squared}. δ there: {delta}."
+
+
+def of_sizes(rows, column):
+    """Return "SGD 234 ± 14 (32), 625 ± 24 (128); SHB …" of a column of the budget, with the error of its draws."""
+    said = []
+    for name, part in rows.groupby("optimizer", observed=True, sort=False):
+        errors = part[f"{column}_se_mean"] / part["seeds"] ** 0.5
+        values = zip(part[f"{column}_mean"], errors, part["run_batch_size"], strict=True)
+        said.append(f"{name.upper()} " + ", ".join(f"{with_error(value, se)} ({b:g})" for value, se, b in values))
+    return "; ".join(said)
+
+
 def both_rules(made):
-    """The steps to ε by the full gradient beside those by the running mean, for the same runs."""
+    """The steps to ε by the full gradient beside those by the running mean, of all seeds that have them."""
     full = made["steps_full_gradient"]
     if full.empty:
         return None
@@ -112,9 +147,10 @@ def both_rules(made):
     for (b, eps), rows in both.groupby(["batch_size", "eps"]):
         said = each(rows, lambda row: f"{bracket(row)} and {running(row)}")
         parts.append(f"b = {b:,}, ε = {eps:g}: {said}")
+    seeds = of_seeds(both["critical_seeds"].max()), of_seeds(both["critical_seeds_running"].max())
     return (
-        f"Updates to ε by ‖∇f‖, between the two at the first measured crossing, and by the running mean "
-        f"({of_seeds(both['critical_seeds'].max())}): {'; '.join(parts)}."
+        f"Updates to ε by ‖∇f‖, between the two at the first measured crossing ({seeds[0]}), and by the running mean "
+        f"({seeds[1]}): {'; '.join(parts)}."
     )
 
 
@@ -126,16 +162,37 @@ def bracket(row):
 
 
 def running(row):
-    """The steps of the same row by the running mean, as text."""
-    all_reached = row["reached_running"] == row["critical_seeds_running"]
-    return f"{'' if all_reached else '> '}{row['steps_mean_running']:,.0f}"
+    """The steps of the same row by the running mean, as text: the least and the greatest of its seeds."""
+    low, high = (f"{row[f'steps_{of}_running']:,.0f}" for of in ("min", "max"))
+    if row["reached_running"] < row["critical_seeds_running"]:
+        return f"{'≥' if row['reached_running'] else '>'} {low}"
+    return low if low == high else f"{low} to {high}"
 
 
 def settings(made):
     """Return the sentences of the comparison of all settings. made: {name: DataFrame} of `comparisons.measure`."""
     controls = controlled(made["comparison"])
     titled = [f"**Injected noise.** {controls[0]}", *controls[1:]] if controls else []
-    return ranked(made) + titled
+    return ranked(made) + titled + beside(made["comparison"])
+
+
+def beside(points):
+    """A sentence of the optimizers' accuracies beside one another, where each has one setting of a b and length."""
+    points = points[(points["injected_noise"] == 0) & (points["normal_diverged"] == 0)].dropna(subset="accuracy_mean")
+    order = {name: i for i, name in enumerate(theory.OPTIMIZERS)}
+    points = points.sort_values("optimizer", key=lambda names: names.map(order), kind="stable")
+    said, seeds = [], set()
+    for (length, b), rows in points.groupby(["length", "batch_size"]):
+        if len(rows) > 1 and rows["optimizer"].is_unique:
+            seeds |= set(rows["normal_seeds"])
+            said.append(f"{length}, b = {b:,}: {each(rows, accuracy)}")
+    return [f"Test accuracy in per cent ({span_of_seeds(seeds)}): {'; '.join(said)}."] if said else []
+
+
+def accuracy(row):
+    """Return "13.99 (12.02 to 15.95)" of a row of the comparison; the mean alone where all seeds have the same."""
+    low, mean, high = (row[f"accuracy_{of}"] for of in ("min", "mean", "max"))
+    return f"{mean:.2f}" + f" ({low:.2f} to {high:.2f})" * (high > low)
 
 
 def controlled(points):
@@ -179,9 +236,8 @@ def ranked(made):
         others = rows[(rows["equal"] == equal) & (rows["precision"] == precision)]
         widest = part[part["optimizer"] == part["optimizer"].iloc[-1]]  # "all", or the only one
         said.append(f"{equal} each, {'; '.join(over(row, others) for row in widest.to_dict('records'))}")
-    seeds = sorted(settled["normal_seeds"].unique())
-    n = "–".join(dict.fromkeys([f"{seeds[0]:g}", f"{seeds[-1]:g}"]))
-    rule = f"Spearman's ρ of test accuracy (n = {n} seeds a setting; no p, as points are not independent)"
+    n = span_of_seeds(settled["normal_seeds"])
+    rule = f"Spearman's ρ of test accuracy ({n} a setting; no p, as points are not independent)"
     return [f"**Accuracy and δ.** {rule}: {'; '.join(said)}."] * bool(said)
 
 

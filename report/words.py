@@ -27,6 +27,12 @@ def of_seeds(n):
     return f"n = {n:g} seed" + ("s" if n > 1 else "")
 
 
+def span_of_seeds(counts):
+    """Return "n = 1–2 seeds": from the least to the greatest of several counts."""
+    low, high = min(counts), max(counts)
+    return of_seeds(high) if low == high else f"n = {low:g}–{high:g} seeds"
+
+
 def steps_of(table):
     """Return "0, 50, 1,600"."""
     return ", ".join(f"{step:,}" for step in sorted(table["steps"].unique()))

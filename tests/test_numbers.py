@@ -80,7 +80,7 @@ def test_the_epsilons_of_the_study_lie_above_and_below_the_norm_before_the_first
         norms |= set(rows.loc[rows["steps"] == 0, "full_gradient_norm"].round(2))
     assert norms == {float(re.search(r"‖∇f\(x₀\)‖ = ([\d.]+)", text)[1])}
     above, below = re.search(
-        r"comes to ε = ([\d., and]+) at every b\. .*? ([\d., and]+)\slie below it\.", text, re.DOTALL
+        r" ε = ([\d., and]+)\sare above\s.*? ([\d., and]+)\slie below it\.", text, re.DOTALL
     ).groups()
     said = [re.findall(r"\d[\d.]*", text) for text in (above, below)]
     assert said == [
@@ -91,8 +91,8 @@ def test_the_epsilons_of_the_study_lie_above_and_below_the_norm_before_the_first
 
 def test_a_small_gradient_norm_is_no_sign_of_learning():
     text = " ".join((ROOT / "docs" / "experiments.md").read_text().split())
-    words = r"at 1.05 after (\d+) updates at b = (\d+), and over these the training loss was ([\d.]+) on average, "
-    updates, b, loss, guess = re.search(words + r"when guessing has ln 100 = ([\d.]+)\.", text).groups()
+    words = r"at 1.05 after (\d+) updates at b = (\d+) \(seed 0\), and over these the training loss was ([\d.]+) "
+    updates, b, loss, guess = re.search(words + r"on average, when guessing has ln 100 = ([\d.]+)\.", text).groups()
     name = f"critical-CIFAR100-ResNet20-shb-b{b}-lr0.1-beta0.9-min_epochs0-seed0"
     last = pd.read_csv(ROOT / "results" / "runs" / name / "metrics.csv").iloc[-1]
     assert (last["steps"], f"{last['training_loss']:.2f}") == (int(updates), loss)
@@ -109,6 +109,24 @@ def test_the_norm_that_the_stop_has_not_seen():
     stops = stops[stops["optimizer"] == "sgd"].set_index("steps")["full_gradient_norm"]
     assert list(stops.index) == [i * int(every) for i in range(len(stops))]
     assert stops.loc[: int(step)].min() > 1.05 and float(norm) <= 1.05
+    assert (stops.cumsum() / range(1, len(stops) + 1)).min() > 1.05
+
+
+def test_what_a_step_with_momentum_costs():
+    """Of the loss before it (x), after a full-gradient step (y) and after the mean of its steps (z)."""
+    paths = list((ROOT / "results" / "runs").glob("sampling-*-*shb-*smoothing*/landscape.csv"))
+    assert len(paths) == 2
+    for path in paths:
+        rows = pd.read_csv(path).set_index("steps")
+        assert rows["loss_z"][400] > rows["loss_x"][400] > rows["loss_y"][400]
+        assert rows["loss_x"][1600] > rows["loss_z"][1600] > rows["loss_y"][1600]
+
+
+def test_which_eps_every_seed_came_to_at_every_b():
+    steps = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_steps.csv")
+    missing = (steps["critical_seeds"] - steps["reached"]).groupby(steps["eps"]).sum()
+    assert (missing[4.0], missing[3.5], missing[3.0]) == (0, 0, 2) and (missing[missing.index < 3] > 0).all()
+    assert set(steps.loc[(steps["eps"] == 3) & (steps["reached"] < 2), "batch_size"]) == {32}
 
 
 def test_what_docs_quote_of_the_report():

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from report_helpers import all_groups, critical, drawn, edit, gaussian, measured, normal, sampling, u_shaped
 from scipy import stats
@@ -89,9 +90,10 @@ def test_the_smallest_eps_that_is_reached_at_every_b(tmp_path, norm, above):
 @pytest.mark.parametrize("at_star", [1, 2])
 def test_where_b_star_takes_one_step_the_first_mini_batch_is_enough(tmp_path, at_star):
     two_eps(tmp_path, greater=(9, at_star, 5))
-    assert of_critical(tmp_path).endswith("SHB b* = 16. At b* the first mini-batch is enough, before any update.") is (
-        at_star == 1
-    )
+    run(tmp_path, "shb")
+    found = measured(tmp_path)[1]
+    assert ("At b* the first mini-batch is enough" in evidence_of_training.critical(found)) is (at_star == 1)
+    assert (", where the first mini-batch is enough, C²" in evidence_of_training.solved(found)) is (at_star == 1)
 
 
 @pytest.mark.parametrize(("least", "greater"), [((50, 40, 30), (9, 8, 7)), (("-", "-", 6), (None, 2, 1))])
@@ -131,6 +133,19 @@ def test_both_rules_side_by_side(tmp_path, norms, running, said):
     assert text.endswith(f"b = 64, ε = 1: SHB {said}.")
 
 
+@pytest.mark.parametrize(("other", "said"), [(15, "15 to 18"), (18, "18"), (30, "18 to 30"), (None, "≥ 18")])
+def test_the_running_mean_of_several_seeds_is_their_span(tmp_path, other, said):
+    more = {"full_grad_every": 0.1, "full_grad_batchsize": 100}
+    folder = critical(tmp_path, "shb", 64, 0, {"1.0": 18}, steps=18, min_epochs=0, **more)
+    summary = folder / "summary.json"
+    summary.write_text(summary.read_text().replace('"max_gradient', '"full_gradient_every": 10, "max_gradient'))
+    write(folder / "full_gradients.csv", [{"steps": 10 * i, "full_gradient_norm": 3 - 2 * i} for i in range(2)])
+    critical(tmp_path, "shb", 64, 1, {"1.0": other}, steps=other or 50, min_epochs=0)
+    text = evidence_of_training.both_rules(measured(tmp_path)[1])
+    assert "crossing (n = 1 seed), and by the running mean (n = 2 seeds): " in text
+    assert text.endswith(f"b = 64, ε = 1: SHB 1–10 and {said}.")
+
+
 ACCURACIES = {(512, 0.0): (10.0, 12.0), (512, 3.0): (14.0, 15.0), (64, 0.0): (20.0, 22.0)}
 ACCURACY = {setting: sum(both) / 2 for setting, both in ACCURACIES.items()}
 
@@ -153,6 +168,44 @@ def settings(runs):
             injected_noise=noise,
             name=f"{b}-{noise}",
         )
+
+
+def test_accuracies_of_the_optimizers_stand_beside_one_another(tmp_path):
+    """Where each has one setting: not at b = 64, which has SHB at two lr, and not at 32, which has one optimizer."""
+    for optimizer, b, values in (("qhm", 128, [5]), ("shb", 128, [7, 9]), ("sgd", 128, [6]), ("sgd", 32, [1])):
+        for seed, accuracy in enumerate(values):
+            normal(tmp_path, optimizer, b, seed, float(accuracy), epochs=2)
+    for lr in (0.1, 0.2):
+        normal(tmp_path, "shb", 64, 0, 3.0, epochs=2, lr=lr, name=f"shb-{lr}")
+    normal(tmp_path, "sgd", 64, 0, 3.0, epochs=2)
+    normal(tmp_path, "sgd", 128, 0, 2.0, epochs=2, injected_noise=1.0, name="injected")
+    said = "2 epochs, b = 128: SGD 6.00, SHB 8.00 (7.00 to 9.00), QHM 5.00"
+    assert of_settings(tmp_path)[-1] == f"Test accuracy in per cent (n = 1–2 seeds): {said}."
+
+
+@pytest.mark.parametrize("modes", [("train",), ("eval", "train")])
+def test_c_squared_and_delta_over_the_b_that_a_run_trains_with(tmp_path, modes):
+    """At step 20, which SGD has at two b; SHB has it at one."""
+    for optimizer, b, steps in (("sgd", 16, (20, 100)), ("sgd", 64, (0, 20)), ("shb", 64, (20, 50))):
+        run(tmp_path, optimizer, 0, b, drawn_b=(b,), modes=modes, steps=steps, last=steps[-1])
+    made = measured(tmp_path)[1]
+    texts = []
+    for column in ("c_squared_direct", "delta"):
+        values = []
+        for b in (16, 64):
+            at = (made["budget"]["optimizer"] == "sgd") & (made["budget"]["run_batch_size"] == b)
+            at &= (made["budget"]["steps"] == 20) & (made["budget"]["batchnorm"] == "train")
+            (row,) = made["budget"][at].to_dict("records")
+            values.append(f"{words.with_error(row[f'{column}_mean'], row[f'{column}_se_mean'])} ({b})")
+        texts.append(f"SGD {', '.join(values)}")
+    at = "after 20 updates (n = 1 seed; b of the run in brackets)"
+    assert evidence_of_training.over_sizes(made) == f"C² measured {at}: {texts[0]}. δ there: {texts[1]}."
+
+
+def test_nothing_is_said_over_b_of_one_b(tmp_path):
+    assert evidence_of_training.over_sizes({"budget": pd.DataFrame()}) is None
+    run(tmp_path, "sgd", 0, 64)
+    assert evidence_of_training.over_sizes(measured(tmp_path)[1]) is None
 
 
 def test_injected_noise_beside_the_small_batch(tmp_path):
