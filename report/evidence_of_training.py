@@ -112,19 +112,17 @@ def solved(made):
 
 
 def over_sizes(made):
-    """How C² and δ change with the b that a run trains with, at the step that was measured at most b."""
+    """How C² and δ change with the b that a run trains with, at each step that an optimizer has at several b."""
     table = made["budget"]
     if table.empty:
         return None
     table = of_one_mode(table[table["steps"] > 0])
-    sizes = table.groupby("steps")["run_batch_size"].nunique()
-    rows = table[table["steps"] == sizes.idxmax()] if len(sizes) else table
-    rows = rows[rows.groupby("optimizer", observed=True)["run_batch_size"].transform("nunique") > 1]
-    if rows.empty:
-        return None
-    at = f"after {rows['steps'].iloc[0]:,} updates ({span_of_seeds(rows['seeds'])}; b of the run in brackets)"
-    c_squared, delta = (of_sizes(rows, column) for column in ("c_squared_direct", "delta"))
-    return f"C² measured {at}: {c_squared}. δ there: {delta}."
+    sizes = table.groupby(["steps", "optimizer"], observed=True)["run_batch_size"].transform("nunique")
+    rows, said = table[sizes > 1], []
+    for step, part in rows.groupby("steps"):
+        c_squared, delta = (of_sizes(part, column) for column in ("c_squared_direct", "delta"))
+        said.append(f"C² after {step:,} updates: {c_squared}. δ there: {delta}.")
+    return f"Measured with other b ({span_of_seeds(rows['seeds'])}; b in brackets): {' '.join(said)}" if said else None
 
 
 def of_sizes(rows, column):

@@ -185,21 +185,21 @@ def test_accuracies_of_the_optimizers_stand_beside_one_another(tmp_path):
 
 @pytest.mark.parametrize("modes", [("train",), ("eval", "train")])
 def test_c_squared_and_delta_over_the_b_that_a_run_trains_with(tmp_path, modes):
-    """At step 20, which SGD has at two b; SHB has it at one."""
-    for optimizer, b, steps in (("sgd", 16, (20, 100)), ("sgd", 64, (0, 20)), ("shb", 64, (20, 50))):
+    """SGD has two b at steps 20 and 100, SHB at step 20 one."""
+    for optimizer, b, steps in (("sgd", 16, (0, 20, 100)), ("sgd", 64, (0, 20, 100)), ("shb", 64, (20, 50))):
         run(tmp_path, optimizer, 0, b, drawn_b=(b,), modes=modes, steps=steps, last=steps[-1])
-    made = measured(tmp_path)[1]
-    texts = []
-    for column in ("c_squared_direct", "delta"):
-        values = []
-        for b in (16, 64):
-            at = (made["budget"]["optimizer"] == "sgd") & (made["budget"]["run_batch_size"] == b)
-            at &= (made["budget"]["steps"] == 20) & (made["budget"]["batchnorm"] == "train")
-            (row,) = made["budget"][at].to_dict("records")
-            values.append(f"{words.with_error(row[f'{column}_mean'], row[f'{column}_se_mean'])} ({b})")
-        texts.append(f"SGD {', '.join(values)}")
-    at = "after 20 updates (n = 1 seed; b of the run in brackets)"
-    assert evidence_of_training.over_sizes(made) == f"C² measured {at}: {texts[0]}. δ there: {texts[1]}."
+    made, texts = measured(tmp_path)[1], []
+    for step in (20, 100):
+        for name, column in ((f"C² after {step} updates", "c_squared_direct"), ("δ there", "delta")):
+            values = []
+            for b in (16, 64):
+                at = (made["budget"]["optimizer"] == "sgd") & (made["budget"]["run_batch_size"] == b)
+                at &= (made["budget"]["steps"] == step) & (made["budget"]["batchnorm"] == "train")
+                (row,) = made["budget"][at].to_dict("records")
+                values.append(f"{words.with_error(row[f'{column}_mean'], row[f'{column}_se_mean'])} ({b})")
+            texts.append(f"{name}: SGD {', '.join(values)}.")
+    said = f"Measured with other b (n = 1 seed; b in brackets): {' '.join(texts)}"
+    assert evidence_of_training.over_sizes(made) == said
 
 
 def test_nothing_is_said_over_b_of_one_b(tmp_path):
