@@ -39,7 +39,16 @@ NOTES = {
     "overview": "\nMeans over seeds, bars ±1.96 standard errors of the draws; a bar with an arrow is an upper limit. "
     "The formula's δ is from the greatest C² and K of all measured steps. Right: what noise adds to the loss of "
     "training images on average, each optimizer at its own weights.",
+    "steps": "\nAbove: updates until the mean of all ‖g‖ so far is ≤ ε. Below: the gradients of images that they "
+    "take, least at b*. Mean over seeds, band from the least to the greatest.",
+    "accuracy": "\nWhere training ended. Mean over seeds, band from the least to the greatest.",
+    "delta": "\nThe formula's δ has C² from b* and the greatest measured K; beside it η‖ω‖ at one step. Mean over "
+    "seeds, band from the least to the greatest.",
+    "accuracy_delta": "\nA mark is a batch size: mean over seeds, bars from the least to the greatest. The formula's "
+    "δ falls as b grows, so that within an optimizer it ranks as b does, the other way round.",
     "omega": POOLED,
+    "gradients": "\nThe norm of each mini-batch gradient, and its mean from the first step on, by which the paper "
+    "stops.",
     "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
     "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "
     "Below: the same bars as shares.",
@@ -198,7 +207,7 @@ def write(group, out):
         with plt.rc_context(axes.STYLE):
             fig = draw(*(made[table] for table in needed))
             if fig:
-                axes.save(out / f"{group.slug}_{name}", fig, group.title + NOTES.get(name, ""))
+                axes.save(out / f"{group.slug}_{name}", fig, group.title + NOTES[name])
                 page += f"\n![{name}]({group.slug}_{name}.png)"
             else:
                 lines.append(f"not drawn: {name}: {why}")
