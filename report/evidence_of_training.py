@@ -96,18 +96,19 @@ def solved(made):
     table = rows_of(made["c_squared"], "solved_over_direct")
     if table.empty:
         return None
+    stars = running_mean(made["critical_batch_size"])
+    stars = stars[(stars["eps"] == stars["reference_eps"]) & stars["b_star"].notna()]
     parts = []
     for name, rows in table.groupby("optimizer", observed=True, sort=False):
-        ratio = rows["solved_over_direct"]
-        parts.append(f"{name.upper()} {limit(rows['c_squared_from'].iloc[0])}{ratio.min():.2g} to {ratio.max():.2g}")
-    stars = running_mean(made["critical_batch_size"])
-    at = sorted(stars["reference_eps"].dropna().unique(), reverse=True)
-    used = stars[(stars["eps"] == stars["reference_eps"]) & stars["b_star"].notna()]
-    once = ", where the first mini-batch is enough," * at_once(used, made["steps"])
+        own, ratio = stars[stars["optimizer"] == name], rows["solved_over_direct"]
+        once = ", the first mini-batch" * at_once(own, made["steps"])
+        source = "".join(f" ({star(row)} at ε = {row['eps']:g}{once})" for row in own.to_dict("records"))
+        bound = limit(rows["c_squared_from"].iloc[0])
+        parts.append(f"{name.upper()}{source} {bound}{ratio.min():.2g} to {ratio.max():.2g}")
     b, n = table["run_batch_size"].iloc[0], of_seeds(table["seeds"].max())
     return (
-        f"Solved from b* at ε = {', '.join(map('{:g}'.format, at))}{once or ','} C² is so many times the measured "
-        f"(b = {b:g}, {n}, least and greatest over steps {steps_of(table)}): {', '.join(parts)}."
+        f"Solved from b*, C² is so many times the measured (b = {b:g}, {n}, least and greatest over steps "
+        f"{steps_of(table)}): {', '.join(parts)}."
     )
 
 

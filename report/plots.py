@@ -53,7 +53,7 @@ def steps(rows, constants, published_steps, bracketed, constants_full):
     for ax, name in zip(axes[0], names, strict=True):
         mark_diverged(ax, rows, "diverged", {name: {"color": "0.3"}})
     axes[0, 0].set_ylabel("steps until mean ‖g‖ ≤ ε")
-    axes[1, 0].set_ylabel("SFO complexity = steps × b (gradients)")
+    axes[1, 0].set_ylabel("SFO complexity (gradients)")
     return fig
 
 

@@ -122,6 +122,14 @@ def test_what_a_step_with_momentum_costs():
         assert rows["loss_x"][1600] > rows["loss_z"][1600] > rows["loss_y"][1600]
 
 
+def test_b_star_of_shb():
+    stars = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_critical_batch_size.csv")
+    stars = stars[(stars["rule"] == "running mean") & (stars["optimizer"] == "shb")].set_index("eps").sort_index()
+    assert list(stars["b_star"]) == [2, 2, 2, 1, 1, 1]
+    assert list(stars["edge"].fillna("")) == ["", "", "", "<=", "<=", "<="]
+    assert set(stars["c_squared_from"]) == {"b* = 2"}
+
+
 def test_which_eps_every_seed_came_to_at_every_b():
     steps = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_steps.csv")
     missing = (steps["critical_seeds"] - steps["reached"]).groupby(steps["eps"]).sum()

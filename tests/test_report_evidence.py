@@ -47,7 +47,10 @@ def test_b_star_is_a_bound_where_a_smaller_b_is_undecided(tmp_path):
     assert of_critical(tmp_path).endswith("(64, 128), b* ≤ 64.")
 
 
-@pytest.mark.parametrize(("steps", "said"), [((90, 20, 30), "SHB "), ((9, 20, 30), "SHB at most ")])
+BOUND = {(90, 20, 30): "b* = 16 at ε = 1) ", (9, 20, 30): "b* ≤ 8 at ε = 1) at most "}
+
+
+@pytest.mark.parametrize(("steps", "said"), BOUND.items())
 def test_c_squared_solved_is_a_bound_where_its_b_star_is(tmp_path, steps, said):
     for b, n in zip((8, 16, 32), steps, strict=True):
         critical(tmp_path, "shb", b, 0, {"1.0": n}, steps=n, min_epochs=0)
@@ -55,8 +58,8 @@ def test_c_squared_solved_is_a_bound_where_its_b_star_is(tmp_path, steps, said):
     found = measured(tmp_path)[1]
     ratio = found["c_squared"]["solved_over_direct"].astype(float)
     text = evidence_of_training.solved(found)
-    assert text.startswith("Solved from b* at ε = 1, C² is so many times the measured (b = 64, n = 1 seed, ")
-    assert text.endswith(f"over steps 0, 20, 100): {said}{ratio.min():.2g} to {ratio.max():.2g}.")
+    assert text.startswith("Solved from b*, C² is so many times the measured (b = 64, n = 1 seed, ")
+    assert text.endswith(f"over steps 0, 20, 100): SHB ({said}{ratio.min():.2g} to {ratio.max():.2g}.")
 
 
 def test_no_star(tmp_path):
@@ -93,7 +96,8 @@ def test_where_b_star_takes_one_step_the_first_mini_batch_is_enough(tmp_path, at
     run(tmp_path, "shb")
     found = measured(tmp_path)[1]
     assert ("At b* the first mini-batch is enough" in evidence_of_training.critical(found)) is (at_star == 1)
-    assert (", where the first mini-batch is enough, C²" in evidence_of_training.solved(found)) is (at_star == 1)
+    said = evidence_of_training.solved(found)
+    assert ("SHB (b* = 16 at ε = 2, the first mini-batch) " in said) is (at_star == 1) and "b* = 16 at ε = 2" in said
 
 
 @pytest.mark.parametrize(("least", "greater"), [((50, 40, 30), (9, 8, 7)), (("-", "-", 6), (None, 2, 1))])

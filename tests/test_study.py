@@ -30,15 +30,16 @@ def test_main_takes_every_run(part, tmp_path):
 def test_it_scales(tmp_path):
     argv = ["--model=ResNet18", "--seeds=0 1 2", "--batchsizes=8 8192", f"--runs_dir={tmp_path}"]
     own = study.command_line(argv)
+    assert len(study.critical(study.command_line(["--batchsizes=1 2 4 8"]))) == 4
     assert all("ResNet18" in run.label for run in study.planned(own, "critical"))
-    assert len(study.planned(own, "critical")) == 2 * 3 * 3  # b, optimizers, seeds
+    assert len(study.planned(own, "critical")) == 2 * 3 * 3 + 3 * 3  # b, optimizers, seeds; of SHB b = 1, 2, 4
     assert len(study.planned(own, "accuracy")) == 3 * 3 * (3 + 2 + 3)  # optimizers, seeds, b in its three ways
 
 
 def test_the_critical_runs_end_after_an_epoch(tmp_path):
     lines = study.critical(study.command_line(["--batchsizes=16 1024", f"--runs_dir={tmp_path}"]))
     caps = [word for line in lines for word in line if word.startswith("--max_steps")]
-    assert caps == ["--max_steps=3125", "--max_steps=49"]
+    assert caps == ["--max_steps=3125", "--max_steps=49", "--max_steps=2500"]
 
 
 def steps_of(args):
@@ -98,7 +99,7 @@ def test_the_script_runs_every_part_then_the_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     *sweeps, figures = (tmp_path / "calls").read_text().splitlines()
     assert all(Path(line.split()[0]).name == "sweep.py" for line in sweeps)
-    assert len(sweeps) == 3 + 1 + 1 + 1 + 4 + 7 + 5
+    assert len(sweeps) == 3 + 1 + 1 + 1 + 4 + 8 + 5
     assert figures == f"{ROOT / 'figures.py'} {tmp_path / 'runs'} --out {tmp_path}"
     assert (tmp_path / "cost.csv").is_file()
 
