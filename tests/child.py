@@ -90,14 +90,6 @@ def cores(pid):
     return [int(core) for core in children if b"wandb-core" in Path(f"/proc/{core}/cmdline").read_bytes()]
 
 
-def runs(pid):
-    """Whether a process runs; one that has ended and that nobody has waited for does not."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return False
-
-
 def stop_core():
     """SIGSTOP to the wandb-core of this process."""
     for core in cores(os.getpid()):
