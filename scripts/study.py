@@ -58,7 +58,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
         "--batchsizes",
         type=sweep.words,
         metavar="LIST",
-        default=["16", "32", "64", "128", "256", "512", "1024", "2048"],
+        default=["16", "32", "64", "128", "256", "512", "1024", "2048", "4096"],
         help="of `critical`",
     )
     add("--parts", type=sweep.words, metavar="LIST", help=f"default: {' '.join(PARTS)}")

@@ -122,12 +122,52 @@ def test_what_a_step_with_momentum_costs():
         assert rows["loss_x"][1600] > rows["loss_z"][1600] > rows["loss_y"][1600]
 
 
-def test_b_star_of_shb():
+def test_the_b_stars_beside_those_of_the_theory():
+    text = " ".join((ROOT / "docs" / "claims.md").read_text().split())
     stars = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_critical_batch_size.csv")
-    stars = stars[(stars["rule"] == "running mean") & (stars["optimizer"] == "shb")].set_index("eps").sort_index()
-    assert list(stars["b_star"]) == [2, 2, 2, 1, 1, 1]
-    assert list(stars["edge"].fillna("")) == ["", "", "", "<=", "<=", "<="]
-    assert set(stars["c_squared_from"]) == {"b* = 2"}
+    stars = stars[stars["rule"] == "running mean"].set_index(["optimizer", "eps"]).sort_index()
+    b_star, edge = stars["b_star"], stars["edge"].fillna("")
+    assert list(b_star["shb"]) == [2, 2, 2, 1, 1, 1] and list(edge["shb"]) == ["", "", "", "<=", "<=", "<="]
+    for optimizer in ("sgd", "nshb"):
+        assert list(b_star[optimizer][-3:]) == [128, 64, 64] and set(edge[optimizer]) == {""}
+        assert b_star[optimizer, 1.15] == b_star[optimizer, 1.1] == 1024
+        assert b_star[optimizer, 1.05] == {"sgd": 2048, "nshb": 1024}[optimizer]
+    said = re.search(r"By 1/ε² from 1,024 at 1.1 it is (.*?) at 4, 3.5, 3, 1.15 and 1.05", text)[1]
+    assert re.findall(r"[\d,]+\d", said) == [f"{1024 * (1.1 / eps) ** 2:,.0f}" for eps in (4, 3.5, 3, 1.15, 1.05)]
+    steps = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_steps.csv")
+    at = steps[steps["optimizer"] != "shb"].merge(
+        stars.reset_index(), left_on=["optimizer", "eps", "batch_size"], right_on=["optimizer", "eps", "b_star"]
+    )
+    assert f"first {at['steps_max'].max():.0f} updates" in text
+
+
+def test_how_delta_changes_with_b():
+    points = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_comparison.csv")
+    points = points[(points["injected_noise"] == 0) & (points["delta_step"] == points["updates"])]
+    points = points.sort_values("batch_size").set_index("optimizer")
+    of_epochs, of_updates = points[points["length"] == "2 epochs"], points[points["updates"] == 196]
+    for optimizer in ("sgd", "shb"):
+        assert of_epochs.loc[optimizer, "delta_mean"].is_monotonic_decreasing
+    assert of_updates.loc["sgd", "delta_mean"].is_monotonic_decreasing
+    assert of_updates.loc["shb", "delta_mean"].is_monotonic_increasing
+    for found in (of_epochs, of_updates):
+        assert list(found.loc["nshb", "batch_size"]) == [32, 128, 512]
+        assert found.loc["nshb", "delta_mean"].iloc[0] < found.loc["nshb", "delta_mean"].iloc[1:].min()
+
+
+def test_accuracy_goes_with_delta_within_sgd_and_within_shb():
+    table = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_comparison_correlations.csv")
+    table = table[(table["equal"] == "2 epochs") & (table["x"] == "delta") & (table["measured_at"] == "end")]
+    table = table[(table["y"] == "accuracy") & (table["injected_noise"] == "none")].set_index("optimizer")
+    assert table.loc["sgd", "spearman"] == table.loc["shb", "spearman"] == 1 and table.loc["all", "spearman"] < 0.3
+
+
+def test_the_variance_of_sgd_at_other_b():
+    table = pd.read_csv(ROOT / "results" / "CIFAR100_ResNet20_lr0.1_beta0.9_direct.csv")
+    table = table[table["optimizer"].eq("sgd") & table["run_batch_size"].isin([16, 1024])]
+    values = table.set_index(["run_batch_size", "steps", "batch_size"])["c_squared_direct_mean"].unstack()
+    ratios = values[512] / values[8]
+    assert 1.26 < ratios.max() < 1.27 and ratios.min() > 0.95
 
 
 def test_which_eps_every_seed_came_to_at_every_b():

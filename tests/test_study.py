@@ -99,7 +99,7 @@ def test_the_script_runs_every_part_then_the_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     *sweeps, figures = (tmp_path / "calls").read_text().splitlines()
     assert all(Path(line.split()[0]).name == "sweep.py" for line in sweeps)
-    assert len(sweeps) == 3 + 1 + 1 + 1 + 4 + 9 + 5
+    assert len(sweeps) == 3 + 1 + 1 + 1 + 4 + 10 + 5
     assert figures == f"{ROOT / 'figures.py'} {tmp_path / 'runs'} --out {tmp_path}"
     assert (tmp_path / "cost.csv").is_file()
 
