@@ -7,6 +7,7 @@ import re
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from conftest import ROOT
 
@@ -138,7 +139,13 @@ def test_the_b_stars_beside_those_of_the_theory():
     at = steps[steps["optimizer"] != "shb"].merge(
         stars.reset_index(), left_on=["optimizer", "eps", "batch_size"], right_on=["optimizer", "eps", "b_star"]
     )
-    assert f"first {at['steps_max'].max():.0f} updates" in text
+    assert f"takes {at['steps_min'].min():.0f} to {at['steps_max'].max():.0f} updates" in text
+    powers = re.search(r"powers of 1/ε from ([\d.]+) to ([\d.]+) fit", text).groups()
+    for optimizer in ("sgd", "nshb"):
+        found = b_star[optimizer]
+        for power in (2, *map(float, powers)):  # one constant that is within a factor of 2 at each ε
+            constants = np.log2(found.to_numpy(float)) + power * np.log2(found.index.to_numpy(float))
+            assert np.ptp(constants) <= 2
 
 
 def test_how_delta_changes_with_b():
