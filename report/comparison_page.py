@@ -121,8 +121,7 @@ def figure(points):
     fig, panels = plt.subplots(
         2, len(columns), figsize=(1.2 + 2.8 * len(columns), 6.5), sharex="col", sharey="row", squeeze=False
     )
-    order = points["optimizer"].map({name: i for i, name in enumerate(theory.OPTIMIZERS)})
-    points = points.assign(order=order).sort_values(["order", "series"], kind="stable")
+    points = theory.in_order(points, "series")
     every = looks(points)
     for (key, label), column in zip(columns.items(), panels.T, strict=True):
         set_scale(column[0], "x", points[key])

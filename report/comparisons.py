@@ -205,9 +205,10 @@ def correlations(points):
     """
     rows, seen = [], set()
     for shared, members in comparable(points[points["normal_diverged"] == 0]):
-        ended = members[members["delta_step"] == members["updates"]]
+        deltas = list(of_one_step(members, "delta_step"))
+        ended = deltas[0][1]
         quiet = ended[ended["injected_noise"] == 0]
-        parts = [("delta", *part) for part in of_one_step(members, "delta_step")] + [("delta", "end", quiet)]
+        parts = [("delta", *part) for part in [*deltas, ("end", quiet)]]
         parts += [(x, "", part) for part in (members, ended, quiet) for x in ("updates", "batch_size")]
         parts += [(SHARPNESS, *part) for part in of_one_step(members, "sharpness_step")]
         for x, at, part in parts:

@@ -178,10 +178,8 @@ def settings(made):
 def beside(points):
     """A sentence of the optimizers' accuracies beside one another, where each has one setting of a b and length."""
     points = points[(points["injected_noise"] == 0) & (points["normal_diverged"] == 0)].dropna(subset="accuracy_mean")
-    order = {name: i for i, name in enumerate(theory.OPTIMIZERS)}
-    points = points.sort_values("optimizer", key=lambda names: names.map(order), kind="stable")
     said, seeds = [], set()
-    for (length, b), rows in points.groupby(["length", "batch_size"]):
+    for (length, b), rows in theory.in_order(points).groupby(["length", "batch_size"]):
         if len(rows) > 1 and rows["optimizer"].is_unique:
             seeds |= set(rows["normal_seeds"])
             said.append(f"{length}, b = {b:,}: {each(rows, accuracy)}")

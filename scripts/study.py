@@ -35,13 +35,8 @@ EPS_DRAWN = ("4", "3.5", "3", *EPS)  # ‖g‖ is between 1.3 and 5.9 there: the
 SMALL = ("1", "2", "4", "8")  # of SHB alone: SGD and NSHB come to no ε of EPS at small b
 NOISE_TO_INJECT = "3.1"  # √(V_64 − V_512) of SGD at step 400, by the noise part
 EPOCHS = 2  # of `normal`
-SHOWN = (
-    "What ω is.",
-    "Does it smooth?",
-    "The theory's constants.",
-    "Two ways to C².",
-    "Accuracy and δ.",
-)  # in README.md
+# The titles of the sentences that open README.md.
+SHOWN = ("What ω is.", "Does it smooth?", "The theory's constants.", "Two ways to C².", "Accuracy and δ.")
 TERMINATED = []  # one entry for each SIGTERM
 DRAWN = ("--draws=64", "--draw_batchsizes", "8", "32", "512")
 
