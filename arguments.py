@@ -1,19 +1,24 @@
 """The command line: every flag, checked before anything slow or lasting happens. No torch."""
 
 import argparse
+import difflib
 import functools
+import math
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
-from combinations import check_injection, check_sampling
-from converters import Parser, device, number, one_of, path, run_name
+import models
 from datasets import DATASETS
-from messages import UserError
 from models import NETWORKS
+from utils import UserError
 
 ENDLESS = 2**62  # more steps than a run can make
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
+MODES = ("normal", "critical", "sampling")
+MEASURES = ("noise", "shape", "smoothing", "sharpness")
 FULL_GRAD_BATCHSIZE = 1000
 PROBE_IMAGES = 2000
 WANDB_MODES = ("online", "offline", "disabled")
@@ -27,18 +32,103 @@ OPTIMIZERS = {
     "qhm": {"momentum": "beta1", "nu": "nu"},
 }
 
-# What has no say in the result: where and how a run is made, and what is logged.
+# What never affects a result: where and how a run is made, and what is logged.
 ADMINISTRATION = {
     *("device", "data_dir", "runs_dir", "name", "resume", "checkpoint_every"),
     *("wandb_entity", "wandb_project", "wandb_mode", "save_memory"),
 }
-ONE_MODE_ONLY = {
-    "epochs": "normal",
-    **dict.fromkeys(("eps", "min_epochs", "full_grad_every"), "critical"),
-    **dict.fromkeys(("steps", "earlier_steps", "draws", "draw_batchsizes"), "sampling"),
-    **dict.fromkeys(("measure_batchnorm", "shape", "exact_memory"), "sampling"),
-    **dict.fromkeys(("smoothing", "sharpness", "probe_images"), "sampling"),
+OF_MODE = {
+    **dict.fromkeys(("epochs", "until_loss"), "normal"),
+    **dict.fromkeys(("eps", "min_epochs"), "critical"),
+    "steps": "sampling",
 }
+OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "full_grad_batchsize", "exact_memory")
+SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
+SYNONYMS |= {"compile": "cuda_graph", "full_grad_every": "measure_every", "shape": "measure", "smoothing": "measure"}
+
+
+# --- the parser ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a wrong command line, instead of printing the usage and exiting."""
+
+    def error(self, message: str):
+        """Called by argparse."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message:
+            raise UserError(message)
+        flag = re.split("[ =]", unknown)[0].lstrip("-")
+        known = [action.dest for action in self._actions]
+        meant = SYNONYMS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
+        hint = f"; did you mean --{meant}?" if meant else ""
+        raise UserError(f"{message}{hint}; --help lists what is allowed")
+
+
+def one_of(*allowed: str) -> dict:
+    """Options of add_argument for one of some names; a wrong one is answered by the one that was meant."""
+
+    def convert(text: str):
+        if text not in allowed:
+            folded = {name.lower(): name for name in allowed}
+            meant = difflib.get_close_matches(text.lower(), folded, 1)
+            hint = f"; did you mean {folded[meant[0]]}?" if meant else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}{hint}")
+        return text
+
+    return {"type": convert, "choices": allowed}
+
+
+def number(kind: type, allowed: str, check: Callable):
+    """A converter for argparse that names what was given and what is allowed."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and check(value)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            hint = "; where several are allowed, spaces separate them" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}{hint}")
+        return value
+
+    return convert
+
+
+def run_name(text: str) -> str:
+    """A converter for the name of a run, an account or a project."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
+        raise argparse.ArgumentTypeError(
+            f"got {text[:40]!r}, allowed are up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, "
+            "digit or _ in front"
+        )
+    return text
+
+
+def device(text: str) -> str:
+    """A converter for the name of a device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,2}))?", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, …")
+    return text
+
+
+def path(text: str) -> Path:
+    """A converter for the path of a directory or file."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
+    return Path(text)
+
+
+POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
+COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
+WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
+DRAWS = number(int, "a whole number of at least 2", lambda v: 2 <= v < 2**53)
+SHARE = number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+LENGTH = number(float, "a finite number of at least 0, at most 1e38", lambda v: 0 <= v <= 1e38)
+BETA = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
+SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
+SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v >= 0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,57 +142,49 @@ def build_parser() -> argparse.ArgumentParser:
         "130 or 143 stopped with a checkpoint.",
     )
     _add_experiment(parser.add_argument_group("the experiment (paper, section 2)").add_argument)
+    _add_measuring(parser.add_argument_group("what is measured").add_argument)
     _add_machine(parser.add_argument_group("how it runs").add_argument)
     _add_record(parser.add_argument_group("the record").add_argument)
     return parser
 
 
-POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
-COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
-WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
-SHARE = number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-LENGTH = number(float, "a finite number of at least 0, at most 1e38", lambda v: 0 <= v <= 1e38)
-BETA = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
-SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
-SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v >= 0)
-
-
 def _add_experiment(add: Callable) -> None:
-    add("--mode", **one_of("normal", "critical", "sampling"), default="normal", help="which of the three")
-    add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="digits needs no download")
+    add("--mode", **one_of(*MODES), default="normal", help="which of the three experiments")
+    add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="mnist1d and digits need no download")
     add("--model", **one_of(*NETWORKS), default="ResNet18", help="network")
     add("--optimizer", **one_of(*OPTIMIZERS), default="shb", help="search direction")
-    add("--epochs", type=COUNT, default=200, metavar="N", help="normal: passes over the training images")
+    add("--epochs", type=COUNT, default=200, metavar="N", help="normal: passes over the training data")
+    add("--until_loss", type=POSITIVE, metavar="L", help="normal: end after the first epoch with mean loss below L")
     add("--lr", type=POSITIVE, default=0.1, metavar="ETA", help="learning rate")
     add("--batchsize", type=COUNT, default=8, metavar="B", help="images a step")
     add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb, nshb and qhm")
     add("--nu", type=SHARE, default=0.5, help="qhm: weight of the momentum; 0 is sgd, 1 is nshb")
-    injected = "adds isotropic Gaussian noise u, E‖u‖² = R², to every search direction (not with --compile)"
+    injected = "adds isotropic Gaussian noise u, E‖u‖² = R², to every search direction"
     add("--injected_noise", type=LENGTH, default=0.0, metavar="R", help=injected)
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
-    every = "critical: stop by ‖∇f‖ too, a full pass every E epochs; E = 1 doubles the cost"
-    add("--full_grad_every", type=POSITIVE, metavar="E", help=every)
     add("--steps", type=WHOLE, nargs="+", default=[10_000], metavar="N", help="sampling: updates before a measurement")
-    chunk = f"chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
-    add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
-    add("--draws", type=WHOLE, default=0, metavar="M", help="sampling: further mini-batches, for the budget of ω")
-    sizes = "sampling: batch sizes to draw beside that of training, for C²"
-    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help=sizes)
-    modes = "sampling: BatchNorm's mode in measuring, one or both"
-    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help=modes)
-    add("--shape", action="store_true", help="sampling: normality, isotropy and tails of the draws")
-    smoothing = "sampling: loss under the noise of P of the draws, and under as many Gaussian and isotropic controls"
-    add("--smoothing", type=WHOLE, default=0, metavar="P", help=smoothing)
-    add("--sharpness", action="store_true", help="sampling: λ_max, trace, average-direction and batch sharpness")
-    probe = (
-        f"sampling: images whose loss --smoothing and --sharpness look at (default: {PROBE_IMAGES}, or all if fewer)"
-    )
-    add("--probe_images", type=COUNT, default=argparse.SUPPRESS, metavar="N", help=probe)
-    memory = "sampling: splits the memory exactly by the full gradients of the last K steps, each a full pass"
-    add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
     add("--max_steps", type=COUNT, metavar="N", help="ends any mode after so many updates")
     add("--seed", type=SEED, default=0, help="of weights, shuffling, augmentation, measuring")
+
+
+def _add_measuring(add: Callable) -> None:
+    every = "normal, critical: measure ω at step 0, once in every E epochs, and at the end"
+    add("--measure_every", type=POSITIVE, metavar="E", help=every)
+    what = "beyond ω of one mini-batch, which the paper measures"
+    add("--measure", **one_of(*MEASURES), nargs="+", default=[], help=what)
+    draws = "mini-batches for --measure (default: 32, or 64 for shape); alone it means --measure noise"
+    add("--draws", type=DRAWS, default=argparse.SUPPRESS, metavar="M", help=draws)
+    sizes = "further batch sizes to draw, for C²"
+    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help=sizes)
+    modes = "BatchNorm's mode in measuring, one or both"
+    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help=modes)
+    chunk = f"chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
+    add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
+    probe = f"images whose loss smoothing and sharpness look at (default: {PROBE_IMAGES}, or all if fewer)"
+    add("--probe_images", type=COUNT, default=argparse.SUPPRESS, metavar="N", help=probe)
+    memory = "splits the memory by the full gradients of the last K steps, each a full pass"
+    add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
 
 
 def _add_machine(add: Callable) -> None:
@@ -111,7 +193,7 @@ def _add_machine(add: Callable) -> None:
     )
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
     add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
-    add("--compile", action="store_true", help="CUDA: replay the step as one captured graph")
+    add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
     add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
@@ -127,43 +209,107 @@ def _add_record(add: Callable) -> None:
     add("--wandb_mode", **one_of(*WANDB_MODES), help="default: WANDB_MODE, or by the entity")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The checked arguments, `name` filled in. Raises UserError naming argument, value and what is allowed."""
+@functools.cache
+def defaults() -> dict:
+    """Every argument as it is where it is not given."""
+    return vars(build_parser().parse_args([]))
+
+
+# --- checking -----------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> Namespace:
+    """The checked arguments, `name` filled in. UserError names the argument, what was given and what is allowed."""
     normalized = [
         re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word, flags=re.DOTALL) for word in argv
     ]
     args = build_parser().parse_args(normalized)
-    images = DATASETS[args.dataset].train_images
-    args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
-    args.probe_images = getattr(args, "probe_images", default_probe(args))
-    relevant = result_arguments(args)
-    for flag in ("batchsize", "full_grad_batchsize", "probe_images"):
-        if flag in relevant and getattr(args, flag) > images:
-            raise UserError(
-                f"argument --{flag}: got {getattr(args, flag)}, allowed is at most the {images} training images "
-                f"of {args.dataset}"
-            )
-    args.eps = sorted(set(args.eps), reverse=True)
-    check_injection(args)
-    check_sampling(args, images)
+    given = {word[2:].partition("=")[0] for word in normalized if word.startswith("--")}
+    for flag in ("steps", "draw_batchsizes", "measure_batchnorm", "measure"):
+        values = getattr(args, flag)
+        if len(set(values)) < len(values):
+            raise UserError(f"argument --{flag}: got {_words(values)}, allowed is each value once")
+    _fill_in(args)
+    unused = unaffected(args)
+    for flag in sorted(given & unused.keys()):
+        raise UserError(f"argument --{flag}: got {_words(getattr(args, flag))}, but {unused[flag]}")
+    _check(args)
     args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
     args.name = args.name or _default_name(args)
     return args
 
 
-def _full_gradients(args: argparse.Namespace) -> bool:
-    """Whether the run `args` measures full gradients."""
-    return args.mode == "sampling" or (args.mode == "critical" and args.full_grad_every is not None)
+def _fill_in(args: Namespace) -> None:
+    """Put lists in order, and defaults where they depend on other arguments."""
+    given = getattr(args, "draws", None)
+    if given or args.measure:
+        args.measure = [name for name in MEASURES if name == "noise" or name in args.measure]
+    args.draws = given or default_draws(args.measure)
+    args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
+    args.probe_images = getattr(args, "probe_images", default_probe(args))
+    args.eps = sorted(set(args.eps), reverse=True)
+    args.steps.sort()
+    args.draw_batchsizes.sort()
 
 
-def default_probe(args: argparse.Namespace) -> int:
+def default_draws(measure: list[str]) -> int:
+    """Mini-batches drawn where no number is given; 1 is the paper's single one."""
+    return 64 if "shape" in measure else 32 if measure else 1
+
+
+def default_chunk(args: Namespace) -> int:
+    """Images in a chunk of the full gradient where no number is given: the paper's, or all of a smaller data set."""
+    return min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images)
+
+
+def default_probe(args: Namespace) -> int:
     """Images to look at the loss of where no number is given."""
     return min(PROBE_IMAGES, DATASETS[args.dataset].train_images)
 
 
-def default_chunk(args: argparse.Namespace) -> int:
-    """Images in a chunk of the full gradient where none is given: as the paper's, or all of a smaller data set."""
-    return min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images)
+def measures(args: Namespace) -> bool:
+    """Whether the run `args` measures ω at all."""
+    return args.mode == "sampling" or args.measure_every is not None
+
+
+def unaffected(args: Namespace) -> dict[str, str]:
+    """The flags that do not affect the run `args`, each with the reason."""
+    unused = {flag: f"only --mode {mode} uses it" for flag, mode in OF_MODE.items() if mode != args.mode}
+    if args.mode == "sampling":
+        unused["measure_every"] = "--mode sampling measures at --steps"
+    if not set(args.measure) & {"smoothing", "sharpness"}:
+        unused["probe_images"] = "only --measure smoothing or sharpness uses it"
+    if not args.measure:
+        unused["draw_batchsizes"] = "only --measure noise, or --draws, uses it"
+    if not measures(args):
+        unused |= dict.fromkeys((*OF_MEASURING, "probe_images"), f"--mode {args.mode} measures with --measure_every")
+    own = set(OPTIMIZERS[args.optimizer].values())
+    for flags in OPTIMIZERS.values():
+        unused |= {flag: f"--optimizer {args.optimizer} does not use it" for flag in set(flags.values()) - own}
+    return unused
+
+
+def takes(flag: str, args: Namespace) -> bool:
+    """Whether `flag` affects the run `args`."""
+    return flag not in unaffected(args)
+
+
+def _check(args: Namespace) -> None:
+    spec = DATASETS[args.dataset]
+    if not models.takes(args.model, spec.shape):
+        fitting = ", ".join(name for name in NETWORKS if models.takes(name, spec.shape))
+        raise UserError(f"argument --model: got {args.model}, allowed with --dataset {args.dataset} are {fitting}")
+    relevant = result_arguments(args)
+    sizes = [(flag, getattr(args, flag)) for flag in ("batchsize", "full_grad_batchsize", "probe_images")]
+    for flag, size in sizes + [("draw_batchsizes", size) for size in args.draw_batchsizes]:
+        if flag in relevant and size > spec.train_images:
+            allowed = f"at most the {spec.train_images} training images of {args.dataset}"
+            raise UserError(f"argument --{flag}: got {size}, allowed is {allowed}")
+    if args.cuda_graph and args.injected_noise:
+        reason = "0 with --cuda_graph, whose graph cannot draw anew at each step"
+        raise UserError(f"argument --injected_noise: got {args.injected_noise}, allowed is {reason}")
+    if args.draws < 4 and set(args.measure) & {"shape", "smoothing"}:
+        raise UserError(f"argument --draws: got {args.draws}, allowed is 4 and more with shape or smoothing")
 
 
 def _wandb_mode(entity: str) -> str:
@@ -174,10 +320,23 @@ def _wandb_mode(entity: str) -> str:
     return mode
 
 
-def _default_name(args: argparse.Namespace) -> str:
-    """What makes the result, the usual only by its value, the rest only where it is not the default.
+def _words(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    Not so ε, and the cap of `critical`: more of them can be added to one and the same run.
+
+# --- what follows from them ---------------------------------------------------------------------------------
+
+
+def result_arguments(args: Namespace) -> dict:
+    """The arguments that affect what the run `args` computes: none of other modes, no β for SGD."""
+    unused = unaffected(args).keys() | ADMINISTRATION
+    return {key: value for key, value in vars(args).items() if key not in unused}
+
+
+def _default_name(args: Namespace) -> str:
+    """The usual settings by their values; the others that affect the result only where they are not the default.
+
+    Not ε, nor the cap of `critical`: more of them can be asked for later of the same run.
     """
     relevant = result_arguments(args)
     usual = ("mode", "dataset", "model", "optimizer", "batchsize", "lr", "beta1", "nu", "seed")
@@ -185,20 +344,15 @@ def _default_name(args: argparse.Namespace) -> str:
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
     parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
-    usual_values = defaults() | {"full_grad_batchsize": default_chunk(args), "steps": 10_000, "earlier_steps": []}
-    usual_values["probe_images"] = default_probe(args)
-    for key, value in relevant.items():
-        if key not in (*usual, *added_later) and value != usual_values[key]:
+    default = defaults() | {"draws": default_draws(args.measure)}
+    default |= {"full_grad_batchsize": default_chunk(args), "probe_images": default_probe(args)}
+    for key in (action.dest for action in build_parser()._actions if action.dest in relevant):
+        value = relevant[key]
+        if key not in (*usual, *added_later) and value != default[key]:
             text = "+".join(map(str, value)) if isinstance(value, list) else value
             text = _short(value) if isinstance(value, float) else text
             parts.append(key if value is True else f"{key}{text}")
     return "-".join([*parts, f"seed{args.seed}"])
-
-
-@functools.cache
-def defaults() -> dict:
-    """Every argument as it is where it is not given."""
-    return vars(build_parser().parse_args([]))
 
 
 def _short(value: float) -> str:
@@ -206,24 +360,12 @@ def _short(value: float) -> str:
     return repr(value).removesuffix(".0")
 
 
-def result_arguments(args: argparse.Namespace) -> dict:
-    """The arguments that have a say in what the run `args` computes: none of other modes, no β for SGD."""
-    left_out = {key for key, mode in ONE_MODE_ONLY.items() if mode != args.mode} | ADMINISTRATION
-    if not _full_gradients(args):
-        left_out.add("full_grad_batchsize")
-    if not (args.smoothing or args.sharpness):
-        left_out.add("probe_images")
-    for flags in OPTIMIZERS.values():
-        left_out |= set(flags.values()) - set(OPTIMIZERS[args.optimizer].values())
-    return {key: value for key, value in vars(args).items() if key not in left_out}
-
-
-def planned_steps(args: argparse.Namespace) -> int:
+def planned_steps(args: Namespace) -> int:
     """The updates after which a run ends at the latest; ENDLESS for `critical` without --max_steps."""
-    own = {"normal": args.epochs * steps_per_epoch(args), "critical": ENDLESS, "sampling": args.steps}[args.mode]
+    own = {"normal": args.epochs * steps_per_epoch(args), "critical": ENDLESS, "sampling": args.steps[-1]}[args.mode]
     return min(own, args.max_steps or ENDLESS)
 
 
-def steps_per_epoch(args: argparse.Namespace) -> int:
-    """Updates in one pass over the training images, the partial last batch included."""
+def steps_per_epoch(args: Namespace) -> int:
+    """Updates in one pass over the training data, the partial last batch included."""
     return -(-DATASETS[args.dataset].train_images // args.batchsize)

@@ -1,65 +1,59 @@
-"""From recorded runs to the paper's tables and figures, beside the published numbers: figures.py RUNS_DIR --out DIR.
+"""From recorded runs to tables and figures: python figures.py runs --out figures.
 
-Reads the run records only (never wandb) and trusts none of them: whatever is damaged is named and left out.
-Runs of different data set or network never share a figure, those of different lr or β only the comparison of all
-settings; SGD, which has no β, joins every β.
+Writes page.md, a CSV a table and an image a figure to --out. Reads the records only, never wandb.
 """
 
-import argparse
+import os
+import sys
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # matplotlib, imported by report/, refuses to load with one that it does not know
 
-from converters import number
-from files import replacing
-from messages import usable_streams
-from report import comparison_page, page, records
-from report.groups import groups
+from arguments import WHOLE, Parser, one_of, path
+from report import page, records
+from utils import UserError, replacing, say, usable_streams
 
 
-def build_parser():
-    """Return the parser. Its errors are one line, as main.py's, and exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("runs_dir", metavar="RUNS_DIR", type=Path, help="run records, at any depth below it")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("figures"), help="default: figures")
-    eps = number(float, "a number > 0", lambda value: value > 0)
-    text = "these ε instead of the recorded ones, from the gradient histories"
-    parser.add_argument("--eps", metavar="EPS", type=eps, nargs="+", help=text)
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
+    add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
+    rule = "passes before the check for ε starts (default: as critical runs had it, or 11)"
+    add("--min_epochs", "--min-epochs", metavar="N", type=WHOLE, help=rule)
+    add("--format", **one_of("png", "pdf"), default="png", help="of the figures (default: png)")
     return parser
 
 
-def main(argv=None):
-    """Read RUNS_DIR, write DIR. Exit status 2, and nothing written, for a bad argument or no usable run."""
-    usable_streams()
-    matplotlib.use("Agg")
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    given = f"argument RUNS_DIR: got {str(args.runs_dir)!r}, allowed is a directory with at least one usable run"
+def main(argv: list[str]) -> int:
+    """Write the page. Returns the exit status. Raises UserError."""
+    args = build_parser().parse_args(argv)
+    given = (
+        f"argument RUNS_DIR: got {str(args.runs_dir)!r}, allowed is a directory with at least one run that has ended"
+    )
     if not args.runs_dir.is_dir():
-        parser.error(f"{given}; this is no directory")
-    runs, damaged = records.read(args.runs_dir)
+        raise UserError(f"{given}; this is no directory")
+    runs = records.runs(args.runs_dir)
     if runs.empty:
-        parser.error("; ".join([given, *(f"{name}: {reason}" for name, reason in list(damaged.items())[:3])]))
-    if args.eps:
-        runs, unable = records.with_eps(runs, args.eps)
-        damaged |= unable
-    for eps in args.eps or []:
-        if not any(eps in known for known in runs["to_eps"]):
-            allowed = "what a critical run recorded, or holds in a sound gradient_norms.f32"
-            parser.error(f"argument --eps: got {eps:g}, allowed is {allowed}")
-    lines = [f"left out: {name}: {reason}" for name, reason in damaged.items()]
+        raise UserError(given)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        text = page.METHOD + "".join(page.write(group, args.out) for group in groups(runs))
-        text += comparison_page.write_all(runs, args.out)
-        text += "\n## what could not be read\n\n" + page.bullets(lines)
-        with replacing(args.out / "report.md") as file:
+        text = page.write(runs, args.out, args.format, args.min_epochs)
+        with replacing(args.out / "page.md") as file:
             file.write(text.encode())
     except OSError as error:
-        parser.error(f"argument --out: got {str(args.out)!r}, allowed is a directory to write in ({error.strerror})")
-    print(*lines, f"written: {args.out / 'report.md'}", sep="\n")
+        raise UserError(
+            f"argument --out: got {str(args.out)!r}, allowed is a directory to write in ({error})"
+        ) from error
+    print(f"written: {args.out / 'page.md'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    usable_streams()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        say("error", error)
+        sys.exit(2)

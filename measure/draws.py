@@ -1,14 +1,13 @@
-"""Independent mini-batches at one x_t: drawing them, their gradients, and what augmentation adds to their variance."""
+"""Independent mini-batches at one x_t, what augmentation adds to their variance, and sums over vectors of weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from measure.gradients import Batch, Loss, gradient, trained, unchanged
+from measure.gradients import Batch, Objective
 
 
 def draw(loader: DataLoader, m: int) -> Iterator[Batch]:
@@ -22,38 +21,23 @@ def draw(loader: DataLoader, m: int) -> Iterator[Batch]:
         yield next(iter(loader))
 
 
-def augmentation(
-    model: nn.Module,
-    pairs: Iterable[tuple[Batch, Batch]],
-    params: list[Tensor] | None = None,
-    loss: Loss = F.cross_entropy,
-    training: bool | None = True,
-    between: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+def augmentation(objective: Objective, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, float]:
     """The part of V_b that random augmentation makes: E‖g − g′‖²/2 over pairs of batches of the same images (ours).
 
-    pairs: two or more; both batches of one hold the same b images, augmented independently. params: those to count
-    (default: `trained`). The rest: as in `budget`. Returns `augmentation_variance`, its standard error, and
-    `c_squared_augmentation`, b times it. ValueError for fewer than two pairs or several sizes.
+    pairs: two or more; both batches of one hold the same b images, augmented independently. Returns
+    augmentation_variance, its standard error, and c_squared_augmentation, b times it. ValueError for fewer than two
+    pairs or several sizes.
     """
-    params = params or trained(model)
     sizes, halves = [], []
-    with unchanged(model, training):
+    with objective.unchanged():
         for first, second in pairs:
-            between()
-            gradients = [dense_gradient(model, batch, params, loss) for batch in (first, second)]
-            halves.append(length(torch._foreach_sub(*gradients)) ** 2 / 2)
+            difference = torch._foreach_sub(objective.gradient(first), objective.gradient(second))
+            halves.append(length(difference) ** 2 / 2)
             sizes += [len(first[1]), len(second[1])]
     if len(halves) < 2 or len(set(sizes)) > 1:
         raise ValueError(f"pairs must be two or more, of batches of one size, got sizes {sizes}")
     found = estimate("augmentation_variance", np.array(halves))
     return found | {"c_squared_augmentation": sizes[0] * found["augmentation_variance"]}
-
-
-def dense_gradient(model: nn.Module, batch: Batch, params: list[Tensor], loss: Loss) -> list[Tensor]:
-    """As `gradient`, with zeros where the loss does not need a parameter."""
-    found = gradient(model, *batch, params, loss)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 
 
 def isotropic(like: list[Tensor], norm: float, generator: torch.Generator) -> list[Tensor]:

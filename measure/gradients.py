@@ -1,4 +1,4 @@
-"""Mini-batch and full gradients at the present weights, and what BatchNorm does meanwhile.
+"""Mini-batch and full gradients of a loss at the present weights, and what BatchNorm does meanwhile.
 
 Nothing here changes what it measures: weights, buffers, `.grad`, training flags and random state stay as they were.
 """
@@ -14,6 +14,103 @@ from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]  # inputs (b, …) and targets (b, …), on the model's device
 Loss = Callable[[Tensor, Tensor], Tensor]  # of the model's output and the targets; the mean over the batch
+VALUE = 0.4  # cost of a forward pass, in forward and backward passes; measured with ResNet20 on a CPU
+
+
+class Objective:
+    """f, the mean loss over images, as a function of a model's parameters.
+
+    loss: of the model's output and the targets. It must be the mean over the batch of a loss of each image; a sum, or
+    a mean weighted otherwise, gives another f. training: True or False puts the model in training or evaluation mode
+    while it measures, None leaves every module in its mode; in training mode (the paper's) BatchNorm makes a gradient
+    depend on the batch. params: those to differentiate by; default: all that are not frozen, in the model's order.
+    between: called before every pass with its cost, in images forward and backward; what it raises ends a measurement.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        training: bool | None = True,
+        params: list[Tensor] | None = None,
+        between: Callable[[float], None] = lambda images: None,
+    ):
+        self.model, self.loss, self.training, self.between = model, loss, training, between
+        self.params = params or [p for p in model.parameters() if p.requires_grad]
+        self._measuring = False
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """As the function `unchanged`. Inside of itself it does nothing, so that random numbers go on."""
+        if self._measuring:
+            yield
+            return
+        self._measuring = True
+        try:
+            with unchanged(self.model, self.training):
+                yield
+        finally:
+            self._measuring = False
+
+    def gradient_by_parameter(self, batch: Batch) -> dict[Tensor, Tensor]:
+        """Gradient of the loss of a batch, for each parameter that this loss needs, in the order of `params`.
+
+        ValueError if the loss returns more than one number.
+        """
+        x, y = batch
+        with self.unchanged():
+            self.between(len(y))
+            value = self.loss(self.model(x), y)
+            if value.ndim:
+                shape = tuple(value.shape)
+                raise ValueError(f"the loss must return the mean over the batch, one number; got shape {shape}")
+            found = torch.autograd.grad(value, self.params, allow_unused=True)
+        return {p: g for p, g in zip(self.params, found, strict=True) if g is not None}
+
+    def gradient(self, batch: Batch) -> list[Tensor]:
+        """One tensor for each of `params`: zeros where the loss does not need it."""
+        found = self.gradient_by_parameter(batch)
+        return [found[p] if p in found else torch.zeros_like(p) for p in self.params]
+
+    def full_gradient(self, chunks: Iterable[Batch], n: int) -> list[Tensor]:
+        """∇f(x_t), the gradient of the mean loss over all n training images (paper, section 2).
+
+        chunks: batches of any sizes, n images in all, as one pass has them. Every image weighs 1/n, also in a partial
+        last chunk. ValueError if the chunks do not hold n images.
+        """
+        total, seen = [torch.zeros_like(p) for p in self.params], 0
+        with self.unchanged():
+            for x, y in chunks:
+                self.between(len(y))
+                value = 1 / n * self._summed(self.model(x), y)
+                torch._foreach_add_(total, torch.autograd.grad(value, self.params, materialize_grads=True))
+                seen += len(y)
+        if seen != n:
+            raise ValueError(f"the chunks hold {seen} images, not {n}")
+        return total
+
+    def _summed(self, output: Tensor, y: Tensor) -> Tensor:
+        if self.loss is F.cross_entropy:
+            return F.cross_entropy(output, y, reduction="sum")  # one rounding less than through the mean
+        return len(y) * self.loss(output, y)
+
+    @torch.no_grad()
+    def value(self, batches: list[Batch]) -> float:
+        """f at the present weights, the mean loss over all images of the batches."""
+        total = 0.0
+        with self.unchanged():
+            for x, y in batches:
+                self.between(VALUE * len(y))
+                output = self.model(x)
+                if self.loss is F.cross_entropy:
+                    output = output.double()  # a mean in float32 may be off by more than what is looked for
+                total += len(y) * self.loss(output, y).item()
+        return total / images(batches)
+
+
+def images(batches: list[Batch]) -> int:
+    """How many images the batches hold."""
+    return sum(len(y) for _, y in batches)
 
 
 @contextmanager
@@ -40,61 +137,6 @@ def unchanged(model: nn.Module, training: bool | None) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-
-
-def trained(model: nn.Module) -> list[Tensor]:
-    """The parameters that are not frozen, in the model's order: those of `full_gradient`."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def gradient(
-    model: nn.Module, x: Tensor, y: Tensor, params: list[Tensor], loss: Loss = F.cross_entropy
-) -> list[Tensor | None]:
-    """Gradient of the mean loss of a batch; one tensor a parameter, None where the loss does not need it.
-
-    x: inputs (b, …). y: targets (b, …). params: of the model, those to differentiate by. `.grad` is not touched.
-    loss: see `full_gradient`. ValueError if it returns more than one number.
-    """
-    value = loss(model(x), y)
-    if value.ndim:
-        raise ValueError(f"the loss must return the mean over the batch, one number; got shape {tuple(value.shape)}")
-    return list(torch.autograd.grad(value, params, allow_unused=True))
-
-
-def full_gradient(
-    model: nn.Module,
-    chunks: Iterable[Batch],
-    n: int,
-    between: Callable[[], None] = lambda: None,
-    params: list[Tensor] | None = None,
-    loss: Loss = F.cross_entropy,
-    training: bool | None = True,
-) -> list[Tensor]:
-    """∇f(x_t), the gradient of the mean loss over all n training images (paper, section 2, mode sampling).
-
-    chunks: inputs (c, …) and targets (c, …), n images in all; every image weighs 1/n, also in a partial
-    last chunk. between: called before every chunk; what it raises ends the pass. params: of the model, those to
-    differentiate by (default: `trained`). loss: must be the mean over the images of a loss of each one; a sum, or a
-    mean weighted otherwise, gives another f. training: see `unchanged`; in training mode (the paper's) BatchNorm
-    makes the result depend on c. Returns one tensor a parameter. ValueError if the chunks do not hold n images.
-    """
-    params = params or trained(model)
-    total, seen = [torch.zeros_like(p) for p in params], 0
-    with unchanged(model, training):
-        for x, y in chunks:
-            between()
-            value = 1 / n * _summed(loss, model(x), y)
-            torch._foreach_add_(total, torch.autograd.grad(value, params, materialize_grads=True))
-            seen += len(y)
-    if seen != n:
-        raise ValueError(f"the chunks hold {seen} images, not {n}")
-    return total
-
-
-def _summed(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
-    if loss is F.cross_entropy:
-        return F.cross_entropy(output, y, reduction="sum")  # one rounding less than through the mean
-    return len(y) * loss(output, y)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The shape of mini-batch noise across M draws at one x_t: zero mean, isotropy, normality, tails.
+"""The shape of mini-batch noise across M draws at one x_t: isotropy, normality, tails.
 
 A histogram of one ω's entries shows how unequal their scales are, and not whether ω is normal. So coordinates are
 followed across draws, and covariances come from the pair differences e_k = (g_{2k−1} − g_{2k})/√2, which have mean
@@ -25,14 +25,14 @@ def shape(
     full: Tensor,
     directions: dict[str, Tensor] | None = None,
     layers: dict[str, int] | None = None,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[float], None] = lambda images: None,
 ) -> dict[str, dict[str, float]]:
     """The shape of the noise g_i − ∇f, of the whole vector as "all" and of each layer.
 
     draws: M ≥ 4 gradients g_i, independent, flat (d,), as `budget` hands them to `keep`. full: ∇f, flat (d,), in the
     same order. directions: vectors (d,) fixed beforehand, such as the memory; ∇f itself is one. layers: the number
-    of entries of each, in order. between: called before every block of coordinates. Memory: the draws, which stay
-    where they are, and one block. ValueError for fewer draws, or lengths that do not agree.
+    of entries of each, in order. between: called with 0 before every block of coordinates. Memory: the draws, which
+    stay where they are, and one block. ValueError for fewer draws, or lengths that do not agree.
     """
     layers, directions = layers or {}, {"gradient": full} | (directions or {})
     d = len(full)
@@ -40,17 +40,16 @@ def shape(
         raise ValueError(f"the shape needs at least 4 draws, got {len(draws)}")
     if any(len(vector) != d for vector in [*draws, *directions.values()]) or sum(layers.values()) not in (0, d):
         raise ValueError(f"draws, directions and layers must have as many entries as the full gradient, {d}")
-    whole, found, start = None, {}, 0
+    sums, start = {}, 0
     for name, size in (layers or {"all": d}).items():
-        sums = _sums(draws, full, list(directions.values()), range(start, start + size), between)
-        found[name] = _numbers(sums, list(directions))
-        whole = sums if whole is None else [a + b for a, b in zip(whole, sums, strict=True)]
+        sums[name] = _sums(draws, full, list(directions.values()), range(start, start + size), between)
         start += size
-    return {"all": _numbers(whole, list(directions))} | found
+    whole = [sum(parts) for parts in zip(*sums.values(), strict=True)]
+    return {name: _numbers(each, list(directions)) for name, each in ({"all": whole} | sums).items()}
 
 
 def _sums(
-    draws: list[Tensor], full: Tensor, directions: list[Tensor], coordinates: range, between: Callable[[], None]
+    draws: list[Tensor], full: Tensor, directions: list[Tensor], coordinates: range, between: Callable[[float], None]
 ) -> list[np.ndarray]:
     """What adds up over coordinates: `_coordinate_sums`, the first four powers of each draw's entries (4, M),
     ω_iᵀω_j (M, M), and ω_iᵀu for each direction u (M, ·).
@@ -58,7 +57,7 @@ def _sums(
     m = len(draws)
     total = [np.zeros(len(SUMS)), np.zeros((4, m)), np.zeros((m, m)), np.zeros((m, len(directions)))]
     for start in range(coordinates.start, coordinates.stop, BLOCK):
-        between()
+        between(0)
         block = slice(start, min(start + BLOCK, coordinates.stop))
         omega = torch.stack([g[block] for g in draws]) - full[block]
         omega = omega.double().cpu().numpy()
@@ -126,26 +125,24 @@ def _normal_tail(m: int) -> float:
 def _numbers(sums: list[np.ndarray], names: list[str]) -> dict[str, float]:
     """What docs/measuring.md lists; nan where nothing moves."""
     total, powers, gram, projections = dict(zip(SUMS, sums[0], strict=True)), *sums[1:]
-    m, d, moving = len(gram), total["entries"], total["moving"]
-    trace, trace_square, ratio = _covariance(gram)
+    d, moving = total["entries"], total["moving"]
+    trace, ratio = _covariance(gram)
     numbers = {
         "entries": int(d),
         "moving": int(moving),
-        "zero_mean": (gram.sum() - np.trace(gram)) / (m * (m - 1)),
-        "zero_mean_sd": np.sqrt(2 * trace_square / (m * (m - 1))),
-        "trace": trace,
+        "noise_trace": trace,
         "isotropy": d * ratio,
         "effective_rank": 1 / ratio,
-        "kurtosis": total["G2"] / moving,
-        "rejected": total["rejected"] / moving,
+        "coordinate_kurtosis": total["G2"] / moving,
+        "non_normal_share": total["rejected"] / moving,
         "pooled_kurtosis": _pooled(powers / d).mean(),
         "scales_kurtosis": 3 * d * total["product"] / (total["variance 1"] * total["variance 2"]) - 3,
         "hill": total["tails"] / total["1/hill"],
-        "hill_normal": 1 / _normal_tail(m),
+        "hill_normal": 1 / _normal_tail(len(gram)),
     }
     numbers |= _principal_components(gram)
-    for name, kurtosis, p in zip(names, *normality(projections), strict=True):
-        numbers |= {f"{name}_kurtosis": kurtosis, f"{name}_p": p}
+    along, _ = normality(projections)
+    numbers |= {f"{name}_kurtosis": kurtosis for name, kurtosis in zip(names, along, strict=True)}
     return {key: value if isinstance(value, int) else float(value) for key, value in numbers.items()}
 
 
@@ -155,10 +152,10 @@ def _pooled(powers: np.ndarray) -> np.ndarray:
     return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / (second - mean**2) ** 2 - 3
 
 
-def _covariance(gram: np.ndarray) -> tuple[float, float, float]:
-    """tr Σ and tr(Σ²), both unbiased, and tr(Σ²)/(tr Σ)², from ω_iᵀω_j (M, M); an odd last draw is left out.
+def _covariance(gram: np.ndarray) -> tuple[float, float]:
+    """tr Σ, unbiased, and tr(Σ²)/(tr Σ)², from ω_iᵀω_j (M, M); an odd last draw is left out.
 
-    The ratio is over the same pairs above and below: e_k as long as it happens to be cancels.
+    The ratio is over the same pairs k ≠ l above and below: e_k as long as it happens to be cancels.
     """
     even = len(gram) // 2 * 2
     rows = gram[0:even:2, :even] - gram[1:even:2, :even]
@@ -166,7 +163,7 @@ def _covariance(gram: np.ndarray) -> tuple[float, float, float]:
     lengths = np.diag(products)
     apart = ~np.eye(len(lengths), dtype=bool)
     squares, norms = (products**2)[apart].mean(), np.outer(lengths, lengths)[apart].mean()
-    return lengths.mean(), squares, squares / norms
+    return lengths.mean(), squares / norms
 
 
 def _principal_components(gram: np.ndarray) -> dict[str, float]:

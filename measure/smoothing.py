@@ -12,63 +12,69 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from measure.draws import estimate, isotropic, squares, standard_error
-from measure.optimizers import affine
-from measure.sharpness import Landscape, signs
+from measure.draws import estimate, flat, isotropic, squares, standard_error
+from measure.gradients import Batch, Objective, images
+from measure.optimizers import affine, learning_rates
+from measure.sharpness import moved, quadratic, rises, signs
 
 
 def smoothing(
-    f: Landscape,
+    objective: Objective,
+    probe: list[Batch],
     optimizer: Optimizer,
     full: list[Tensor],
     draws: list[Tensor],
-    points: int,
     generator: torch.Generator,
     injected: float = 0.0,
 ) -> dict[str, float]:
-    """The excess loss under the noise of a step, under two controls, and as predicted (measure.md, section 5; ours).
+    """The excess loss under the noise of a step, under two controls, and as predicted (ours; docs/measuring.md).
 
-    full: ∇f(x_t) over all images, one tensor for each of f.params. draws: M ≥ 4 gradients of mini-batches at x_t,
-    flat, as `measure.noise.budget` keeps them. points: P, from 2 to M, of each kind; those of the controls are P/2
-    vectors (two at least), each with its mirror image. injected: R, E‖u‖² = R². Returns f at the points x, y, z
-    (loss_x, loss_y, loss_z) and, with their standard errors over the draws or the vectors,
-      excess       mean f(y − ηω_i) − f(y), over the first P draws: what the whole of ω does; = displacement + real
-      displacement f(z) − f(y): what momentum does, no smoothing
-      real         mean f(z − ηφ_i) − f(z): what the fluctuation does
-      gaussian     as real, for Gaussian noise of the same covariance
-      isotropic    as real, for Gaussian noise of one scale and the same E‖φ‖²
-      predicted, predicted_isotropic   η² tr(HΣ)/2 and η² tr(H) tr(Σ)/(2d), with H at z, Σ = Cov φ
-      fluctuation_norm                 √(E‖ηφ‖²), the length of the fluctuation in parameter space
-    ValueError for a number of draws or points outside these ranges, draws of another size, or an optimizer that
-    `affine` refuses.
+    probe: the batches that f is the mean loss of. full: ∇f(x_t) over all images. draws: M ≥ 4 mini-batch gradients
+    at x_t, flat, as `measure.noise.budget` keeps them. injected: R, E‖u‖² = R². Returns numbers named as in
+    measure/quantities.py, with standard errors over the draws, or over the vectors of the controls: M/2, each with its
+    mirror image. ValueError for fewer draws, draws of another size, and as in `affine`.
     """
-    if len(draws) < 4 or not 2 <= points <= len(draws):
-        raise ValueError(f"draws must be 4 or more, points 2 to as many; got {len(draws)} draws, {points} points")
-    step = Step(f.params, optimizer, full, draws, injected)
-    loss_x = f.value()
-    with f.moved(step.descent):
-        loss_y = f.value()
-    with f.moved(step.drift):
-        loss_z, probes = f.value(), signs(f.params, generator)
-        rises = {"real": np.array([f.rise(step.real(i, generator), loss_z) for i in range(points)])}
-        for kind, draw in {"gaussian": step.gaussian, "isotropic": step.isotropic}.items():
-            vectors = range(max(2, points // 2))
-            rises[kind] = np.array([f.rise_both_ways(draw(generator), loss_z) for _ in vectors])
+    if len(draws) < 4:
+        raise ValueError(f"smoothing needs 4 draws or more, got {len(draws)}")
+    step = Step(objective.params, optimizer, full, draws, injected)
+    loss_x = objective.value(probe)
+    with moved(objective, step.descent):
+        loss_y = objective.value(probe)
+    with moved(objective, step.drift):
+        loss_z, probes = objective.value(probe), signs(objective.params, generator)
+        real = rises(objective, probe, loss_z, (step.real(i, generator) for i in range(len(draws))))
+        halves = range(len(draws) // 2)  # with their mirror images as many points as draws
+        gaussian = rises(objective, probe, loss_z, (step.gaussian(generator) for _ in halves), mirrored=True)
+        equal = rises(objective, probe, loss_z, (step.isotropic(generator) for _ in halves), mirrored=True)
         pairs = step.pairs()
-        curvatures, traces = np.split(f.quadratic([*pairs, *probes]), [len(pairs)])
-    rises = {"excess": rises["real"] + loss_z - loss_y} | rises
-    numbers = {"points": points, "loss_x": loss_x, "loss_y": loss_y, "loss_z": loss_z, "displacement": loss_z - loss_y}
-    for kind, values in rises.items():
-        numbers |= estimate(kind, values)
+        curvatures, traces = np.split(quadratic(objective, probe, [*pairs, *probes]), [len(pairs)])
+    return {
+        "probe_images": images(probe),
+        "loss_x": loss_x,
+        "loss_y": loss_y,
+        "loss_z": loss_z,
+        **estimate("excess", real + loss_z - loss_y),
+        "displacement": loss_z - loss_y,
+        **estimate("excess_real", real),
+        **estimate("excess_gaussian", gaussian),
+        **estimate("excess_isotropic", equal),
+        **_predictions(step, curvatures, traces, pairs),
+        "fluctuation_norm": step.norm,
+    }
+
+
+def _predictions(
+    step: "Step", curvatures: np.ndarray, traces: np.ndarray, pairs: list[list[Tensor]]
+) -> dict[str, float]:
+    """What the Hessian at z predicts. curvatures, traces: vᵀHv of `pairs`, and of signs."""
     per_trace, injected_per_trace = (norm**2 / (2 * step.entries) for norm in (step.norm, step.injected))
     per_trace_se = standard_error(np.array([squares(pair).sum().item() for pair in pairs])) / (2 * step.entries)
     trace, trace_se = traces.mean(), standard_error(traces)
-    return numbers | {
-        "predicted": float(curvatures.mean() / 2 + injected_per_trace * trace),
-        "predicted_se": float(np.hypot(standard_error(curvatures) / 2, injected_per_trace * trace_se)),
-        "predicted_isotropic": float(per_trace * trace),
-        "predicted_isotropic_se": float(np.hypot(per_trace * trace_se, per_trace_se * trace)),
-        "fluctuation_norm": step.norm,
+    return {
+        "excess_predicted": float(curvatures.mean() / 2 + injected_per_trace * trace),
+        "excess_predicted_se": float(np.hypot(standard_error(curvatures) / 2, injected_per_trace * trace_se)),
+        "excess_predicted_isotropic": float(per_trace * trace),
+        "excess_predicted_isotropic_se": float(np.hypot(per_trace * trace_se, per_trace_se * trace)),
     }
 
 
@@ -84,15 +90,15 @@ class Step:
         self.params, self.entries, self.draws = params, sum(p.numel() for p in params), draws
         if any(draw.numel() != self.entries for draw in draws):
             raise ValueError(f"draws must have as many entries as the parameters, {self.entries}")
-        rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         weights, memory = affine(optimizer, params)
-        rates = [rates[p] for p in params]
+        by_parameter = learning_rates(optimizer)
+        rates = [by_parameter[p] for p in params]
         if injected and len(set(rates)) > 1:
             raise ValueError(f"injected noise is isotropic under one learning rate only, got {sorted(set(rates))}")
         self.scales = [-rate * w for rate, w in zip(rates, weights, strict=True)]
         self.descent = [-rate * g for rate, g in zip(rates, full, strict=True)]
         self.drift = [s * g - rate * m for s, g, rate, m in zip(self.scales, full, rates, memory, strict=True)]
-        self.full = torch.cat([g.reshape(-1) for g in full]).cpu()
+        self.full = flat(full)
         self.mean, self.injected = sum(draws) / len(draws), rates[0] * injected
         spread = sum(squares(self._scaled(draw - self.mean)).sum().item() for draw in draws) / (len(draws) - 1)
         self.norm = float(np.sqrt(spread + self.injected**2))

@@ -1,22 +1,32 @@
-"""The networks of the paper (section 2) and ResNet20, by name. No torch until one is built."""
+"""The networks of the paper (section 2) and our small ones, by name. No torch until one is built."""
 
 from importlib import import_module
 
-# The module of this folder and the function or class in it that takes the number of classes.
+IMAGE, SIGNAL = (32, 32, 3), (40,)  # the shape of one input, as datasets.Spec has it
+
+# The module of this folder, the function or class in it that takes the number of classes, and what the network takes.
 NETWORKS = {
-    "ResNet18": ("resnet", "ResNet18"),
-    "WideResNet-28-10": ("wideresnet", "WideResNet"),
-    "MobileNetv2": ("mobilenet", "MobileNetv2"),
-    "ResNet20": ("resnet", "ResNet20"),
+    "ResNet18": ("resnet", "ResNet18", IMAGE),
+    "WideResNet-28-10": ("wideresnet", "WideResNet", IMAGE),
+    "MobileNetv2": ("mobilenet", "MobileNetv2", IMAGE),
+    "ResNet20": ("resnet", "ResNet20", IMAGE),
+    "MLP": ("mlp", "MLP", SIGNAL),
+    "Softmax": ("mlp", "Softmax", SIGNAL),
+    "ConvNet1d": ("convnet1d", "ConvNet1d", SIGNAL),
 }
 
 
+def takes(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the network `name` takes inputs of that shape, (32, 32, 3) or (40,)."""
+    return NETWORKS[name][2] == shape
+
+
 def build(name: str, num_classes: int):
-    """The network `name`, an nn.Module for images (n, 3, 32, 32) giving logits (n, num_classes).
+    """The network `name`, an nn.Module for images (n, 3, 32, 32) or signals (n, 40) giving logits (n, num_classes).
 
     Its weights are drawn from torch's global generator. ValueError if there is no such network.
     """
     if name not in NETWORKS:
         raise ValueError(f"no network called {name!r}; there are {', '.join(NETWORKS)}")
-    module, network = NETWORKS[name]
+    module, network, _ = NETWORKS[name]
     return getattr(import_module(f"models.{module}"), network)(num_classes)

@@ -1,49 +1,44 @@
 """Recomputing in the backward pass what does not fit into memory (--save_memory)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import OrderedDict
+from itertools import count
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from utils import UserError
 
 
 def save_memory(model: nn.Module) -> None:
     """Have a network keep only each block's input for the backward pass, which recomputes the rest.
 
     A block is a child of `model.layers`, an nn.Sequential, that has layers of its own. Outputs, gradients, buffers and
-    the names in state_dict stay as they are; a step takes about a third longer. ValueError without such `layers`.
+    the names in state_dict stay as they are; a step takes longer. UserError without such `layers`.
     """
     if not isinstance(getattr(model, "layers", None), nn.Sequential):
-        raise ValueError(f"{type(model).__name__} has no nn.Sequential called `layers` whose blocks can be recomputed")
-    model.layers = Recomputed(*model.layers)
+        raise UserError(f"argument --save_memory: {type(model).__name__} has no nn.Sequential called `layers`")
+    model.layers = Recomputed(OrderedDict(model.layers.named_children()))
 
 
 class Recomputed(nn.Sequential):
     """The same layers one after another, those that have layers of their own (the blocks) recomputed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, h, w) → what the last layer gives."""
+        """(n, c, …) → what the last layer gives."""
+        # No block draws random numbers, and under capture the generator's state cannot be read.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         for layer in self:
-            x = self._recomputed(layer, x) if any(layer.children()) else layer(x)
+            x = checkpoint(_forward(layer), x, **options) if any(layer.children()) else layer(x)
         return x
 
-    @staticmethod
-    def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-        def contexts():
-            return nullcontext(), _buffers_kept(block)
 
-        # No block draws random numbers, and under capture the generator's state cannot be read.
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+def _forward(block: nn.Module):
+    """The block's forward pass; from the second call on BatchNorm's running statistics, moved already, stay."""
+    calls = count()
 
+    def run(x: Tensor) -> Tensor:
+        copies = {name: buffer.clone() for name, buffer in block.named_buffers()} if next(calls) else {}
+        return functional_call(block, copies, (x,))
 
-@contextmanager
-def _buffers_kept(block: nn.Module) -> Iterator[None]:
-    # The forward pass has moved BatchNorm's running statistics already: what comes again moves copies.
-    buffers = [(module, *named) for module in block.modules() for named in module.named_buffers(recurse=False)]
-    for module, name, buffer in buffers:
-        setattr(module, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
+    return run

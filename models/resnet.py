@@ -68,8 +68,5 @@ def ResNet18(num_classes: int) -> ResNet:
 
 
 def ResNet20(num_classes: int) -> ResNet:
-    """He et al.'s CIFAR network of 0.27 M parameters: widths 16 to 64, three blocks a stage, option A.
-
-    Ours, not the paper's: the network to try things with. PyTorch's default initialization.
-    """
+    """He et al.'s CIFAR network of 0.27 M parameters, option A, in PyTorch's initialization; not the paper's."""
     return ResNet(num_classes, (16, 32, 64), blocks=3, projection=False)

@@ -1,1 +1,1 @@
-"""From the records of runs to tables and figures: arrays and DataFrames in, numbers and axes out."""
+"""From the records of runs to tables and figures. Reads files only, and loads no torch."""

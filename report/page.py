@@ -1,228 +1,305 @@
-"""report.md: the tables and figures of every group of runs, which runs they are of, and what is missing and why."""
+"""The tables and figures of runs as a Markdown page: 8 rows and 8 columns of a table at most; all of it is a CSV."""
 
-from pathlib import Path
+import re
 
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
-from files import write_table
-from report import axes, budget, budget_plots, evidence, landscape_plots, landscapes, overview, plots, tables
+from measure.quantities import QUANTITIES
+from report import critical, plots, records, theory
+from report.statistics import MEASUREMENT, POINT, at_common, longest, measured, over_seeds, own
+from utils import replacing
 
-METHOD = Path(__file__).with_name("method.md").read_text(encoding="utf-8")
-
-NO_DRAWS = "no sampling run with --draws and a sound measurements.csv"
-NO_FULL = "no critical run with --full_grad_every and a sound full_gradients.csv"
-NO_STAR = "fewer than two b all of whose seeds reached ε, after the first check, without diverging"
-NO_SMOOTHING = "no sampling run with --smoothing and a sound landscape.csv"
-NO_SHARPNESS = "no sampling run with --sharpness and a sound landscape.csv"
-STEPS = ("steps", "constants", "published_steps", "steps_full_gradient", "constants_full_gradient")
-HISTORY = ("gradients", "runs", "crossings", "full_gradients")
-# Each figure: the function, the tables it takes, and why there is none where it returns none.
-FIGURES = {
-    "overview": (overview.figure, ("overview",), NO_DRAWS),
-    "steps": (plots.steps, STEPS, "fewer than two b have steps to any ε"),
-    "accuracy": (plots.accuracy, ("points",), "fewer than two b have an accuracy"),
-    "delta": (plots.delta, ("points",), "fewer than two b have a δ, by the formula or measured"),
-    "accuracy_delta": (plots.accuracy_delta, ("points", "correlations"), "fewer than two points have accuracy and δ"),
-    "omega": (plots.omega, ("omega", "omega_histogram", "omega_qq"), "no sampling run with a sound omega.npy"),
-    "gradients": (plots.gradients, HISTORY, "no critical run with a sound history"),
-    "budget": (budget_plots.budget, ("budget",), NO_DRAWS),
-    "c_squared": (budget_plots.c_squared, ("direct",), "fewer than two b drawn at one x, with --draw_batchsizes"),
-    "delta_bound": (budget_plots.delta_bound, ("delta_bound",), NO_DRAWS),
-    "shape": (budget_plots.shape, ("shape",), "no sampling run with --shape and a sound shape.csv"),
-    "smoothing": (landscape_plots.smoothing, ("smoothing",), NO_SMOOTHING),
-    "sharpness": (landscape_plots.sharpness, ("sharpness",), NO_SHARPNESS),
-}
-POOLED = "\npooled over coordinates of different scale: how one ω\nis spread over them, not whether it is Gaussian"
-# Beneath the title of a figure: what it shows, for who sees nothing else.
-NOTES = {
-    "overview": "\nMeans over seeds, bars ±1.96 standard errors of the draws; a bar with an arrow is an upper limit. "
-    "The formula's δ is from the greatest C² and K of all measured steps. Right: what noise adds to the loss of "
-    "training images on average, each optimizer at its own weights.",
-    "steps": "\nAbove: updates until the mean of all ‖g‖ so far is ≤ ε. Below: the gradients of images that they "
-    "take, least at b*. Mean over seeds, band from the least to the greatest.",
-    "accuracy": "\nWhere training ended. Mean over seeds, band from the least to the greatest.",
-    "delta": "\nThe formula's δ has C² from b* and the greatest measured K; beside it η‖ω‖ at one step. Mean over "
-    "seeds, band from the least to the greatest.",
-    "accuracy_delta": "\nA mark is a batch size: mean over seeds, bars from the least to the greatest. The formula's "
-    "δ falls as b grows, so that within an optimizer it ranks as b does, the other way round.",
-    "omega": POOLED,
-    "gradients": "\nThe norm of each mini-batch gradient, and its mean from the first step on, by which the paper "
-    "stops.",
-    "budget": "\nWhat the search direction noise ω consists of, mean over seeds. "
-    "The diamond, and the number above, is its measured square: beside the bar, it has BatchNorm's bias and chance. "
-    "Below: the same bars as shares.",
-    "c_squared": "\nVariance of one image's gradient, from batches of b drawn at the same weights: flat where "
-    "the theory's C²/b holds. Mean over seeds, bars ±1.96 standard errors of the draws.",
-    "delta_bound": "\nδ measured, mean over seeds, bars ±1.96 standard errors of the draws. "
-    "The formula's is from the greatest measured C² and K.",
-    "shape": "\nIs mini-batch noise normal, coordinate by coordinate across draws, and in how many directions does "
-    "it lie? Mean and band over seeds.",
-    "smoothing": "\nLoss under the noise of a step, less the loss where its mean leads: what averaging over the noise "
-    "adds. Each panel has its own scale. Mean over seeds, bars ±1.96 standard errors of the draws. On a probe of "
-    "training images.",
-    "sharpness": "\nMean over seeds, bars ±1.96 standard errors of random vectors and batches. On a probe of training "
-    "images.",
-}
-# Each table of the report, and why there is none where it is empty. Those in FILES are written, but not shown.
-TABLES = {
-    "overview": NO_DRAWS,
-    "critical_batch_size": NO_STAR,
-    "critical_batch_size_four_ways": "no ε has a critical batch size by any of the ways",
-    "points": "no runs",
-    "correlations": "fewer than three points with accuracy and δ, or all equal",
-    "steps": "no critical run says anything of ε",
-    "steps_full_gradient": NO_FULL,
-    "omega": "no sampling run that did not diverge",
-    "budget": NO_DRAWS,
-    "c_squared": NO_DRAWS,
-    "delta_bound": NO_DRAWS,
-    "shape": "no sampling run with --shape and a sound shape.csv",
-    "smoothing": NO_SMOOTHING,
-    "sharpness": NO_SHARPNESS,
-}
-FILES = ("direct", "omega_histogram", "omega_qq", "gradients", "full_gradients")
-# Why columns of a table have no value ("–"), told beneath the table.
-NO_BOUND = "no formula is known for this optimizer, or no C² is measured"
-FEW_DRAWS = "fewer than 20 draws, too few for the test"
-NO_K = "no run that did not diverge measured a full gradient"
-MISSING = {
-    NO_STAR: "b_star edge range critical_seeds undecided departure departure_reference",
-    f"{NO_FULL}; or {NO_STAR}": "b_star_full range_full departure_full departure_reference_full",
-    NO_DRAWS: "simple_noise_scale simple_noise_scale_steps",
-    "no ε has a b*, or there is no formula (see runs, below)": "bound reference_eps c_squared c_squared_from",
-    NO_K: "k k_run k_step",
-    "the paper gives none": "published_b_star published_c_squared published_k published",
-    "no normal run that did not diverge": "accuracy best_accuracy training_loss",
-    "the paper gives none, or our runs are not all of 200 epochs in default precision": "published_accuracy",
-    "no C², or for SHB no K (see runs, below)": "delta_formula delta_formula_from",
-    "the paper gives no C²": "delta_published_constants",
-    "no sampling run that did not diverge": "delta_measured",
-    "no step of a run that did not diverge": "max_minibatch_norm",
-    "every seed diverged before ε": "steps steps_are sfo sfo_least",
-    "nothing published, or not all of ours measured with the published settings": "ratio",
-    "only the ω drawn are read whole": "beyond_6_std",
-    "a batch of all images has no C², two draws no standard error": "c_squared_direct c_squared_direct_se noise_scale "
-    "c_squared_least c_squared_most",
-    NO_SMOOTHING: "smoothing_steps real real_se gaussian gaussian_se isotropic isotropic_se predicted predicted_se",
-    "no ε has a b*, or no C² is measured": "solved_over_direct",
-    "only SHB and NSHB have a second name, and older records lack it": "delta_renamed",
-    NO_BOUND: "c_squared_term k_term delta_bound bound_over_measured c_squared_greatest",
-    FEW_DRAWS: "rejected",
-    "no sampling run with the same arguments": "delta delta_step paired",
-    "no sampling run with the same arguments and --sharpness": "lambda_max sharpness_step",
-    "every seed diverged": "updates",
-    "the optimizer takes none": "beta nu",
-    "no formula is known for this optimizer": "stable_up_to batch_sharpness_level",
-    "the variance at the smaller b is not the larger": "noise_to_inject noise_to_inject_se",
-    "not SHB or NSHB, or not measured at the end of the sampling run": "delta_renamed",
-}
-WHY = {column: why for why, columns in MISSING.items() for column in columns.split()}
-HEADINGS = {"run_batch_size": "b", "max_minibatch_norm": "largest mini-batch gradient norm"}
+LARGEST = 8
 
 
-def text(value):
-    """Return a cell of a Markdown table: "–" for what is missing, four digits of a number."""
+def _group(name):
+    return [q.name for q in QUANTITIES.values() if q.group == name and q.name != "draws"]
+
+
+# The tables of what is measured: the quantity without which a row is not in it, and all that it averages over seeds.
+MEASURED = {
+    "omega": ("noise_square", [*_group("noise"), "accuracy", "test_loss"]),
+    "delta": ("delta", ["delta"]),
+    "delta_names": ("delta_as_nshb", ["delta_as_shb", "delta_as_nshb"]),
+    "c_squared": ("c_squared", _group("variance")),
+    "shape": ("isotropy", _group("shape")),
+    "smoothing": ("excess_real", _group("smoothing")),
+    "sharpness": ("lambda_max", _group("sharpness")),
+}
+# The parts of the page, and of what each needs.
+NEEDS = {
+    "runs": "runs",
+    "training": "two rows of metrics.csv",
+    "accuracy": "--mode normal at two b, with an evaluation at one event",
+    "steps": "gradient norms (gradient_norms.f32) at two b",
+    "critical_batch_size": "two b at which every seed reached ε, and not at the first check",
+    "delta": "δ at two b and one event (--mode sampling, or --measure_every)",
+    "delta_names": "--measure noise with --optimizer shb or nshb",
+    "omega": "--measure noise",
+    "c_squared": "--measure noise",
+    "shape": "--measure shape",
+    "smoothing": "--measure smoothing",
+    "sharpness": "--measure sharpness",
+}
+CAPTIONS = {
+    "training": "Mean and band from min to max over seeds.",
+    "accuracy": "Mean and band from min to max over seeds; × where a seed diverged, hollow where one did not fit.",
+    "steps": "Mean and band from min to max over seeds; ○ b*; ↑ a lower bound, as a seed did not reach ε.",
+    "delta": "Measured: mean and 95 % t interval. Dashed: the formula with the largest measured C² and K.",
+    "omega": "Means over seeds; the line across a bar is E‖ω‖² as measured.",
+    "c_squared": "Mean and 95 % t interval; ◇ the C² that the formula gives for b*.",
+    "smoothing": "Mean and 95 % t interval; line: predicted; ↓ an interval that reaches zero, its upper end.",
+}
+# What the page shows of each table; with ± half of the 95 % t interval where there is one.
+COLUMNS = {
+    "runs": "label b seed mode status steps epochs draws",
+    "accuracy": "label b steps seeds diverged unfit accuracy test_loss",
+    "steps": "label eps min_epochs b missed steps sfo ratio",
+    "critical_batch_size": "label eps b_star inside sfo c_squared_from_b_star published_b_star published_c_squared",
+    "delta": "label b steps draws delta delta_formula formula_over_measured k",
+    "delta_names": "label b steps draws delta_as_shb delta_as_nshb",
+    "omega": "label b steps noise_square fresh memory injected full_gradient_norm",
+    "c_squared": "label b steps batch_size c_squared variance c_squared_augmentation max_draw_norm",
+    "shape": "label b steps isotropy effective_rank non_normal_share pooled_kurtosis scales_kurtosis",
+    "smoothing": "label b steps excess_real excess_gaussian excess_isotropic excess_predicted displacement",
+    "sharpness": "label b steps lambda_max hessian_trace average_sharpness batch_sharpness",
+}
+HEADS = {
+    **{"label": "optimizer", "epoch": "epoch", "eps": "ε", "b_star": "b*", "inside": "inside the grid"},
+    **{"delta_formula": "δ by formula", "formula_over_measured": "formula / measured", "k": "K"},
+    **{"published_b_star": "b*, published", "published_c_squared": "C², published", "ratio": "steps / published"},
+    **{"batch_size": "batch size drawn", "c_squared_from_b_star": "C² from b*"},
+}
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def sections(runs):
+    """Yield (title, name for files, runs) of every setting and β; runs without β, as SGD's, join every β."""
+    for setting, members in runs.groupby("setting"):
+        for beta in sorted(members["beta1"].dropna().unique()) or [None]:
+            title = setting if beta is None else f"{setting}, β {beta:g}"
+            slug = re.sub(r"[^\w.+-]", "_", title.replace(", ", "_").replace("β", "beta").replace(" ", ""))
+            yield title, slug, members[members["beta1"].isna() | (members["beta1"] == beta)]
+
+
+def tables(runs, min_epochs=None):
+    """Return {name: DataFrame} for the runs of one section, in the order of NEEDS; empty where nothing is known."""
+    sound = runs[runs["status"] != "diverged"]
+    rows = records.measurements(sound)
+    made = {"runs": runs[[*records.RUN, *(key for key in ("steps", "epochs", "seconds", "draws") if key in runs)]]}
+    made |= {name: _measured(rows, name) for name in MEASURED}
+    made["delta"] = _with_formula(made["delta"], rows)
+    made["training"] = training(sound)
+    made["accuracy"] = accuracy(runs)
+    made["steps"] = critical.steps_to_eps(runs, min_epochs)
+    made["critical_batch_size"] = critical.b_star(made["steps"])
+    return {name: made[name] for name in NEEDS}
+
+
+def _measured(rows, name):
+    """Return one row a curve, b, step and BatchNorm mode (and batch size drawn, for C²)."""
+    probe, quantities = MEASURED[name]
+    rows = measured(rows, probe)
+    rows = rows[rows["layer"] == "all"] if name == "c_squared" else own(rows)
+    more = {"c_squared": "batch_size", "smoothing": "probe_images", "sharpness": "probe_images"}
+    key = [*MEASUREMENT, *([more[name]] if name in more else [])]
+    return over_seeds(rows, key, [q for q in quantities if q not in key]) if len(rows) else pd.DataFrame()
+
+
+def _with_formula(table, rows):
+    """Add the formula's δ, and how many times the measured it is. Its C² and K must hold at every x.
+
+    c_squared_max: the largest mean over seeds of any measured step, of this curve, b and mode. k: the largest ‖∇f‖ of
+    the curve in this mode.
+    """
+    if table.empty:
+        return table
+    where = ["curve", "full_grad_batchsize", "batchnorm"]
+    table = table.join(rows.groupby(where)["full_gradient_norm"].max().rename("k"), on=where)
+    where = [*where, "b"]
+    steps = own(measured(rows, "c_squared")).groupby([*where, "steps"])["c_squared"].mean()
+    table = table.join(steps.groupby(where).max().rename("c_squared_max"), on=where)
+    table["delta_formula"] = np.nan
+    for name, part in table[table["optimizer"].isin(theory.FORMULAS)].groupby("optimizer"):
+        constants = part["c_squared_max"], part["k"], part["beta1"].fillna(0)
+        table.loc[part.index, "delta_formula"] = theory.delta(name, part["lr"], part["b"], *constants)
+    return table.assign(formula_over_measured=table["delta_formula"] / table["delta_mean"])
+
+
+def training(runs):
+    """Return one row a curve and step of metrics.csv, over seeds, at the b that most curves have."""
+    rows = records.curves(runs.sort_values("steps", ascending=False, kind="stable"))
+    rows = rows.drop_duplicates([*POINT, "steps"]).sort_values(["b", "steps"])
+    rows = rows[rows.groupby(POINT)["steps"].transform("size") > 1]
+    if rows.empty:
+        return rows
+    rows = rows[rows["b"] == _shown_b(rows)]
+    if rows["epoch"].max() >= 8:  # the loss is the mean over the epoch so far: whole epochs, if there are enough
+        rows = rows.assign(training_loss=rows["training_loss"].where(rows["epoch"] % 1 == 0))
+    table = over_seeds(rows, [*records.CURVE, "b", "steps", "epoch"], ["training_loss", "accuracy", "g-norm"])
+    return table[table["seeds"] == table.groupby("curve")["seeds"].transform("max")]
+
+
+def _shown_b(rows):
+    """Return the b that most curves have; of several the middle one."""
+    curves = rows.groupby("b")["curve"].nunique()
+    tied = curves.index[curves == curves.max()]
+    return tied[len(tied) // 2]
+
+
+def accuracy(runs):
+    """Return one row a curve and b: test accuracy at the common event, over seeds; how many seeds diverged.
+
+    With one --until_loss the event is the fit. A seed that did not fit enters with its last evaluation: `unfit`.
+    """
+    runs = runs[runs["mode"] == "normal"]
+    lost, sound = runs[runs["status"] == "diverged"], runs[runs["status"] != "diverged"]
+    rows = records.curves(sound).dropna(subset="accuracy").drop_duplicates([*POINT, "steps"])
+    limits = {args["until_loss"] for args in sound["args"]}
+    if len(limits) == 1 and limits != {None}:
+        event = f"the fit (training loss < {min(limits):g})"
+        fit = (rows["training_loss"] < min(limits)) & (rows["epoch"] % 1 == 0)
+        rows = rows.assign(unfit=~fit).sort_values(["unfit", "steps"], kind="stable")
+        never = rows["unfit"].groupby([rows[key] for key in POINT]).transform("all")
+        missed = rows[never].drop_duplicates(POINT, keep="last")
+        rows = pd.concat([rows[~rows["unfit"]].drop_duplicates(POINT), missed])
+    else:
+        rows, event = at_common(rows.assign(unfit=False), by=("epoch", "steps"))
+    if rows.empty:
+        return pd.DataFrame()
+    rows, lost = rows.assign(diverged=False), longest(lost)[records.RUN].assign(diverged=True)
+    rows = pd.concat([rows, lost]) if len(lost) else rows
+    key = [*records.CURVE, "b"]
+    table = over_seeds(rows, key, ["accuracy", "test_loss", "epoch", "steps"])
+    counts = rows.fillna({"unfit": False}).groupby(key, dropna=False)[["diverged", "unfit"]].sum()
+    return table.merge(counts.reset_index(), on=key).assign(event=event)
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def figures(made):
+    """Yield (name, Figure) of every figure that the tables `made` are enough for."""
+    if len(made["training"]) > 1:
+        yield "training", plots.training(made["training"])
+    if _sizes(made["accuracy"]) > 1:
+        yield "accuracy", plots.accuracy(made["accuracy"], made["accuracy"]["event"].iloc[0])
+    if _sizes(made["steps"]) > 1:
+        yield "steps", plots.sfo(shown(made["steps"]), shown(made["critical_batch_size"]))
+    rows, event = _at_event(shown(made["delta"]))
+    if _sizes(rows) > 1:
+        yield "delta", plots.delta(rows, event)
+    at_one_b = {name: shown(made[name]) for name in ("omega", "smoothing", "c_squared")}
+    at_one_b = {name: rows[rows["b"] == _shown_b(rows)] for name, rows in at_one_b.items() if len(rows)}
+    if "omega" in at_one_b:
+        yield "omega", plots.omega(at_one_b["omega"])
+    if "smoothing" in at_one_b:
+        yield "smoothing", plots.smoothing(*_at_event(at_one_b["smoothing"]))
+    if "c_squared" in at_one_b:
+        rows = at_one_b["c_squared"]
+        last, event = _at_event(rows)
+        rows = rows.assign(at_event=rows.index.isin(last.index))
+        yield "c_squared", plots.c_squared(rows, event, shown(made["critical_batch_size"]))
+
+
+def _sizes(table):
+    return table["b"].nunique() if len(table) else 0
+
+
+def shown(table):
+    """Return the rows that figures and page show: BatchNorm in training mode, as the paper, if any are; one rule.
+
+    Of several chunks of the full gradient, and of several min_epochs, that of most rows.
+    """
+    if "batchnorm" in table:
+        table = table[table["batchnorm"] == table["batchnorm"].max()]  # eval < train
+    key = "full_grad_batchsize" if "batchnorm" in table else "min_epochs"
+    return table[table[key] == table[key].mode()[0]] if key in table else table
+
+
+def _at_event(table):
+    """Return (the last rows of every curve and b at their common step or within their common epoch, its name)."""
+    if table.empty:
+        return table, ""
+    inside = table[table["epoch"] % 1 > 0]  # not at an epoch's end: momentum holds batches drawn without replacement
+    table = inside if inside.groupby(["curve", "b"]).ngroups == table.groupby(["curve", "b"]).ngroups else table
+    rows, event = at_common(table.assign(epoch=np.floor(table["epoch"])))
+    last = rows.groupby(["curve", "b"])["steps"].transform("max")
+    return table.loc[rows.index[rows["steps"] == last]], event
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def write(runs, out, kind="png", min_epochs=None):
+    """Write tables and figures of `runs`, of `records.runs`, to the directory `out`. Returns the page's text."""
+    lines = ["# Tables and figures", ""]
+    for title, slug, members in sections(runs):
+        made = tables(members, min_epochs)
+        drawn = dict(figures(made))
+        lines += [f"## {title}", ""]
+        for name, needed in NEEDS.items():
+            table, file = made[name], f"{slug}_{name}"
+            lines += [f"### {name.replace('_', ' ')}", ""]
+            if name in drawn:
+                _write_figure(out / f"{file}.{kind}", drawn[name], kind)
+                lines += [f"![{drawn[name].get_suptitle()}]({file}.{kind})", "", CAPTIONS[name], ""]
+            elif name in CAPTIONS or table.empty:
+                lines += [f"Not {'drawn' if len(table) else 'measured'}: needs {needed}.", ""]
+            if name in COLUMNS and len(table):
+                whole = table.drop(columns=["setting", "curve"], errors="ignore").dropna(axis="columns", how="all")
+                with replacing(out / f"{file}.csv") as csv:
+                    csv.write(whole.to_csv(index=False, lineterminator="\n").encode())
+                lines += [
+                    *_markdown(table, COLUMNS[name].split()),
+                    "",
+                    f"[{file}.csv]({file}.csv), rows: {len(table)}",
+                    "",
+                ]
+    return "\n".join(lines)
+
+
+def _write_figure(path, figure, kind):
+    undated = {"CreationDate": None} if kind == "pdf" else {"Software": None}  # the same figure is the same file
+    with replacing(path) as image:
+        figure.savefig(image, format=kind, dpi=150, metadata=undated)
+
+
+def _markdown(table, columns):
+    """Return the lines of a table, LARGEST rows of it at most, and of what its symbols mean."""
+    table = shown(table)
+    if "batch_size" in table:
+        table = table[table["batch_size"] == table["b"]]
+    if len(table) > LARGEST and "epoch" in table:
+        table = _at_event(table)[0]
+    if len(table) > LARGEST:  # of every curve as many, from its first to its last
+        parts = [rows for _, rows in table.groupby("label", sort=False)]
+        share = max(1, LARGEST // len(parts))
+        parts = [rows.iloc[np.unique(np.linspace(0, len(rows) - 1, share).round().astype(int))] for rows in parts]
+        table = pd.concat(parts)[:LARGEST]
+    lines = [" | ".join(_head(name) for name in columns), " | ".join(["---"] * len(columns))]
+    lines += [" | ".join(_cell(row, name) for name in columns) for row in table.to_dict("records")]
+    known = [QUANTITIES[name] for name in columns if name in QUANTITIES and QUANTITIES[name].group != "training"]
+    meanings = "; ".join(f"{q.symbol or q.name.replace('_', ' ')}: {q.meaning}" for q in known)
+    return [f"| {line} |" for line in lines] + (["", f"{meanings}."] if known else [])
+
+
+def _head(name):
+    return HEADS.get(name) or (plots.label(name) if name in QUANTITIES else name)
+
+
+def _cell(row, name):
+    """Return a number, with half of its 95 % interval where it has one, or a text."""
+    value, half = row.get(f"{name}_mean", row.get(name)), row.get(f"{name}_high", np.nan) - row.get(f"{name}_mean", 0)
+    if isinstance(value, str | bool | np.bool_):
+        return str(value)
     if pd.isna(value):
         return "–"
-    if isinstance(value, str):
-        return value
-    return format(value, ".4g" if abs(value) < 1e4 else ".0f")
+    return f"{_short(value, 4)} ± {_short(half, 2)}" if half > 0 else _short(value, 4)
 
 
-def markdown(table):
-    """Return a DataFrame as a Markdown table without its empty columns; a band is one cell, mean [min, max].
-
-    Beneath it stands why a value is missing ("–"), from WHY; an empty text is an empty cell.
-    """
-    shown, missing = {}, {}
-    for column in table.columns[~table.columns.str.endswith(("_min", "_max"))]:
-        key, cells = column, table[column].map(text)
-        stem = column.removesuffix("_mean")
-        if f"{stem}_min" in table:
-            key, low, high = stem, table[f"{stem}_min"].map(text), table[f"{stem}_max"].map(text)
-            cells = cells.where(low == high, cells + " [" + low + ", " + high + "]")
-        head = HEADINGS.get(key, key.replace("_", " "))
-        if not cells.isin(["", "–"]).all():
-            shown[head] = cells
-            if "–" in cells.to_list():
-                missing.setdefault(WHY.get(key, "not known"), []).append(head)
-    lines = [list(shown), ["---"] * len(shown), *zip(*shown.values(), strict=True)]
-    notes = "".join(f"\n– in {', '.join(heads)}: {why}.\n" for why, heads in missing.items())
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + notes
-
-
-def bullets(lines):
-    """Return the lines as a Markdown list, "none" if there are none."""
-    return "".join(f"- {line}\n" for line in lines or ["none"])
-
-
-def tell_runs(group, constants):
-    """Return the lines that say which runs a Group's figures are of, and which K and δ came of them."""
-    lines = [f"{mode} runs: {shared}" for mode, shared in sorted(group.settings.items())]
-    for row in constants.drop_duplicates("optimizer").to_dict("records"):
-        name = row["optimizer"].upper()
-        if row["k"] is not None:
-            lines.append(f"K of {name}: {row['k']:.4g}, ‖∇f‖ at step {row['k_step']:g} of {row['k_run']}")
-        if row["c_squared"] is None:
-            why = tables.why_no_formula(row["optimizer"], group.beta) or "no ε has a b*"
-            lines.append(f"not drawn: the formula's δ of {name}: no C²: {why}")
-        elif row["optimizer"] == "shb" and row["k"] is None:
-            lines.append(f"not drawn: the formula's δ of {name}: it needs K: {NO_K}")
-    lost = group.runs["diverged"].map({True: "diverged: ", False: "used: "})
-    return lines + list(lost + group.runs["name"])
-
-
-def tell_budget(made):
-    """Return the lines that say what the figures of the noise budget leave out."""
-    lines = []
-    if made["budget"].empty:
-        return lines
-    shown, every = budget_plots.shown_size(made["budget"]), sorted(made["budget"]["run_batch_size"].unique())
-    others = ", ".join(f"{b:g}" for b in every if b != shown)
-    if others:
-        lines.append(f"not drawn: the noise budget at b = {others}: its figures are of b = {shown}")
-    bounds = made["delta_bound"]
-    for name in bounds["optimizer"][bounds["delta_bound"].isna()].unique():
-        lines.append(f"not drawn: the formula's δ of {name.upper()} with the direct C²: {NO_BOUND}")
-    if len(made["shape"]) and made["shape"]["rejected_mean"].isna().all():
-        lines.append(f"not drawn: the share of coordinates rejected: {FEW_DRAWS}")
-    return lines
-
-
-def measure(group):
-    """Return ({name: DataFrame} of all tables of a Group, {run or file: why it was not used})."""
-    made, unsound = tables.measure(group)
-    noise, not_in_budget = budget.measure(made, group)
-    landscape, no_landscape = landscapes.measure(group)
-    made |= noise | landscape
-    return made | {"overview": overview.overview(made)}, unsound | not_in_budget | no_landscape
-
-
-def write(group, out):
-    """Write a Group's figures and tables into `out`, say on stdout what they are of; return its part of report.md."""
-    made, unsound = measure(group)
-    page, lines = f"\n## {group.title}\n", [f"{group.slug}: {len(group.runs)} runs used"]
-    for name, (draw, needed, why) in FIGURES.items():
-        with plt.rc_context(axes.STYLE):
-            fig = draw(*(made[table] for table in needed))
-            if fig:
-                axes.save(out / f"{group.slug}_{name}", fig, group.title + NOTES[name])
-                page += f"\n![{name}]({group.slug}_{name}.png)"
-            else:
-                lines.append(f"not drawn: {name}: {why}")
-    said = evidence.sentences(made)
-    if said:
-        page += f"\n\n### in words\n\n{bullets(said)}"
-    for name, why in TABLES.items():
-        if len(made[name]):
-            page += f"\n\n### {name.replace('_', ' ')}\n\n{markdown(made[name])}"
-        else:
-            lines.append(f"no table: {name}: {why}")
-    for name in (*TABLES, *FILES):
-        if len(made[name]):
-            write_table(out / f"{group.slug}_{name}.csv", made[name])
-    lines += tell_runs(group, made["constants"]) + tell_budget(made)
-    lines += [f"left out: {name}: {reason}" for name, reason in (group.left_out | unsound).items()]
-    print(*lines, sep="\n")
-    return page + "\n### runs\n\n" + bullets(lines)
+def _short(value, digits):
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"

@@ -1,247 +1,252 @@
-"""The figures: each function takes tables of `tables` and returns a matplotlib Figure, None if nothing is to draw."""
+"""The figures. Each function takes tables that `report.page` makes, and returns a Figure; its title is a question."""
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context, ticker
+from matplotlib.figure import Figure
 
-from report.axes import (
-    ARROWS,
-    MARK,
-    by_optimizer,
-    curve,
-    looks,
-    mark,
-    mark_diverged,
-    nth_look,
-    side_by_side,
-    size_axis,
-)
-from report.tables import DELTAS
+from measure.quantities import quantity
 
-DELTA_LABEL = "degree of smoothing δ (parameter distance)"
+COLORS = {"SGD": "#0072B2", "SHB": "#D55E00", "NSHB": "#009E73", "QHM": "#CC79A7"}
+MARKERS = {"SGD": "o", "SHB": "s", "NSHB": "^", "QHM": "D"}  # tell curves apart in grey
+DASHES = ("-", "--", ":", "-.")  # of several curves of one optimizer
+PARTS = {
+    **{"fresh": ("this mini-batch", "#56B4E9"), "memory": ("momentum", "#E69F00")},
+    **{"memory_noise": ("noise of earlier mini-batches", "#E69F00"), "memory_drift": ("change of ∇f", "#F0E442")},
+    "injected": ("injected", "0.6"),
+}
+KINDS = {
+    "excess_real": ("mini-batch noise", "o", "#0072B2", "excess_predicted"),
+    "excess_gaussian": ("Gaussian, same covariance", "s", "#E69F00", "excess_predicted"),
+    "excess_isotropic": ("Gaussian, isotropic, same length", "^", "#CC79A7", "excess_predicted_isotropic"),
+}
+STYLE = {
+    **{"font.size": 9, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
+    "figure.constrained_layout.use": True,
+}
+styled = rc_context(STYLE)
 
 
-def steps(rows, constants, published_steps, bracketed, constants_full):
-    """Draw steps to ε and SFO complexity against b: a column per optimizer, a curve per ε.
+def label(name):
+    """Return how a quantity is named on an axis or in a head: its symbol, or else its name, and its unit."""
+    q, words = quantity(name), name.replace("_", " ")
+    words = q.symbol if q.symbol and name != "training_loss" else words
+    return words + (f" ({q.unit})" if q.unit else "")
 
-    bracketed, constants_full: `steps_full_gradient` and the constants by it; drawn as brackets beside the curves.
-    """
-    if rows["batch_size"].nunique() < 2:
-        return None
-    names = list(rows["optimizer"].unique())
-    every = {eps: nth_look(i) | {"label": f"ε = {eps:g}"} for i, eps in enumerate(sorted(set(rows["eps"])))}
-    size = (1 + 3.2 * len(names), 6.5)
-    fig, axes = plt.subplots(2, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
-    for look in every.values():  # the legend's order
-        axes[0, 0].plot([], [], **look)
-    for line, key in zip(axes, ("steps", "sfo"), strict=True):
-        for ax, name in zip(line, names, strict=True):
-            size_axis(ax, rows)
-            mine = rows[rows["optimizer"] == name]
-            for eps, look in every.items():
-                part = mine[mine["eps"] == eps]
-                curve(ax, part, key, **look)
-                mark_b_star(ax, part, key, constants[(constants["optimizer"] == name) & (constants["eps"] == eps)])
-                theirs = published_steps[(published_steps["optimizer"] == name) & (published_steps["eps"] == eps)]
-                if len(theirs):
-                    y = theirs["steps"] * (theirs["batch_size"] if key == "sfo" else 1)
-                    ax.plot(theirs["batch_size"], y, marker=".", color="0.4", lw=0.8, label="published SHB")
-            mark_bounds(ax, mine, key, every)
-            stars = constants_full[constants_full["optimizer"] == name].set_index("eps")["b_star"]
-            mark_brackets(ax, bracketed[bracketed["optimizer"] == name], key, every, stars)
-            ax.set(yscale="log", title=name.upper() if key == "steps" else "")
-            ax.label_outer()
-    for ax, name in zip(axes[0], names, strict=True):
-        mark_diverged(ax, rows, "diverged", {name: {"color": "0.3"}})
-    axes[0, 0].set_ylabel("steps until mean ‖g‖ ≤ ε")
-    axes[1, 0].set_ylabel("SFO complexity (gradients)")
+
+# --- what the figures have in common ------------------------------------------------------------------------
+
+
+def _panels(title, count, width=3.2, **more):
+    """Return (Figure, list of its Axes)."""
+    fig = Figure(figsize=(0.8 + width * count, 3.2))
+    fig.suptitle(title)
+    return fig, list(fig.subplots(1, count, squeeze=False, **more)[0])
+
+
+def _curves(table):
+    """Yield (label, look, rows) of every curve of a table."""
+    seen = []
+    for name in table["label"].unique():
+        optimizer = name.split()[0]
+        look = {"color": COLORS.get(optimizer, "0.4"), "marker": MARKERS.get(optimizer, "v")}
+        yield name, look | {"linestyle": DASHES[seen.count(optimizer) % 4]}, table[table["label"] == name]
+        seen.append(optimizer)
+
+
+def _name_curves(ax):
+    """Name the curves: by a legend if they are three at most, else each at its end."""
+    handles, names = ax.get_legend_handles_labels()
+    if len(names) <= 3:
+        ax.legend()
+        return
+    lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    ax.get_ylim()  # the limits that the curves ask for are set now
+    heights, below = ax.transData.transform(ends)[:, 1] * 72 / ax.figure.dpi, -np.inf
+    for i in np.argsort(heights):
+        shift = max(0, below + 9 - heights[i])  # in points, so that no name stands on another
+        below = heights[i] + shift
+        color = lines[i].get_color()
+        ax.annotate(names[i], ends[i], (5, shift - 3), textcoords="offset points", color=color, fontsize=7)
+
+
+def _interval(ax, rows, x, name, **look):
+    """Draw means of a quantity over `x` with their 95 % t intervals, where they have one."""
+    mean = rows[f"{name}_mean"]
+    error = [(mean - rows[f"{name}_low"]).fillna(0), (rows[f"{name}_high"] - mean).fillna(0)]
+    ax.errorbar(rows[x], mean, error, **look)
+
+
+def _band(ax, rows, x, name, **look):
+    """Draw the mean of a quantity over seeds, and the band from min to max."""
+    ax.plot(rows[x], rows[f"{name}_mean"], **look)
+    ax.fill_between(rows[x], rows[f"{name}_min"], rows[f"{name}_max"], color=look["color"], alpha=0.2, lw=0)
+
+
+def _size_axis(ax, sizes, name="batch size b"):
+    """Make x the logarithmic axis of these batch sizes, with as many of them as ticks as there is room for."""
+    sizes, ticks = sorted(set(sizes)), []
+    for b in sizes:
+        if not ticks or 7 * np.log(b / ticks[-1]) >= np.log(sizes[-1] / sizes[0]):
+            ticks.append(b)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel=name, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
+    ax.set_xticks(ticks, [f"{b:g}" for b in ticks])
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _log(ax):
+    """Make y logarithmic, with plain numbers as ticks where it spans less than two decades."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low:
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+# --- one function a figure ----------------------------------------------------------------------------------
+
+
+@styled
+def training(table):
+    """Draw loss, accuracy and ‖g‖ over training, of one batch size: mean, and band from min to max over seeds."""
+    fig, axes = _panels("How do loss, accuracy and gradient norm change in training?", 3, 2.6)
+    for ax, quantity_ in zip(axes, ("training_loss", "accuracy", "g-norm"), strict=True):
+        known = table.dropna(subset=f"{quantity_}_mean")
+        for name, look, rows in _curves(known):
+            few = look if len(rows) < 20 else look | {"marker": ""}
+            _band(ax, rows, "epoch", quantity_, **few, label=name)
+        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}", ylabel=label(quantity_))
+    _log(axes[2])
+    _name_curves(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return fig
 
 
-def mark_bounds(ax, rows, key, every):
-    """Draw an arrow where steps of one optimizer are only a bound; those of one b side by side, so that all show."""
-    for b, here in rows[rows["steps_are"].isin(ARROWS)].groupby("batch_size"):
-        for i, row in enumerate(here.to_dict("records")):
-            marker, label = ARROWS[row["steps_are"]]
-            look = {"marker": marker, "ms": 9, "color": every[row["eps"]]["color"]}
-            mark(ax, side_by_side(b, i, len(here)), row[f"{key}_mean"], label, **look)
-
-
-def mark_brackets(ax, rows, key, every, stars):
-    """Draw one optimizer's steps by the full gradient: from after the measurement before to the first one ≤ ε.
-
-    stars: {ε: b* by it}, framed at the upper end. The brackets of one b stand side by side, so that all show.
-    """
-    shown = rows[rows["steps_are"].isin(("measured", "lower bound"))]
-    for b, here in shown.groupby("batch_size"):
-        for i, row in enumerate(here.to_dict("records")):
-            x, low, high = side_by_side(b, i, len(here)), row[f"{key}_min"], row[f"{key}_max"]
-            look = {"color": every[row["eps"]]["color"], "zorder": MARK - 1}
-            if row["steps_are"] == "lower bound":
-                ax.plot(x, row[f"{key}_mean"], marker=6, ms=7, mfc="none", linestyle="", **look)
-                continue
-            ax.plot([x, x], [low, high], marker="_", ms=8, mew=1.5, lw=1.5, **look)
-            shape = {"marker": every[row["eps"]]["marker"], "ms": 4, "mfc": "white"}
-            ax.plot(x, high, linestyle="", **shape, **look)
-            if row["batch_size"] == stars[row["eps"]]:
-                mark(ax, x, row[f"{key}_mean"], "measured b*, by ‖∇f‖", marker="D", ms=11, mfc="none", color="k")
-    if "measured" in set(shown["steps_are"]):
-        look = {"marker": r"$\mathsf{I}$", "ms": 9, "linestyle": "", "color": "0.3"}
-        ax.plot([], [], **look, label="bracket: steps until ‖∇f‖ ≤ ε, between two measurements")
-    if "lower bound" in set(shown["steps_are"]):
-        ax.plot([], [], marker=6, ms=7, mfc="none", linestyle="", color="0.3", label="by ‖∇f‖: lower bound")
-
-
-def mark_b_star(ax, rows, key, stars):
-    """Circle the measured b* of one optimizer and ε, and mark the theory's bound: at the edge if beyond the grid.
-
-    rows, stars: of `tables.steps` and `tables.constants`, those of this optimizer and ε.
-    """
-    known = rows[(rows["steps_are"] == "measured") & (rows["diverged"] == 0)].set_index("batch_size")[f"{key}_mean"]
-    low, high = ax.get_xlim()
-    for star in stars.dropna(subset="b_star").to_dict("records"):
-        b, bound = star["b_star"], star["bound"]
-        mark(ax, b, known[b], "measured b*", marker="o", ms=12, mfc="none", color="k")
-        if bound is None:
-            continue
-        y = np.exp(np.interp(np.log(bound), np.log(known.index), np.log(known)))
-        if low < bound < high:
-            look = {"marker": "s", "ms": 9, "mfc": "none", "color": "k"}
-            mark(ax, bound, y, "theory's bound; C² from b* at the reference ε", **look)
-        else:
-            x, arrow = (0.03, r"$\leftarrow$") if bound <= low else (0.97, r"$\rightarrow$")
-            look = {"marker": arrow, "ms": 11, "color": "k", "transform": ax.get_yaxis_transform()}
-            mark(ax, x, y, "theory's bound lies beyond the grid", **look)
-
-
-def accuracy(points):
-    """Draw final test accuracy and training loss against b."""
-    points = points[points["normal_seeds"] > 0]
-    if points["batch_size"][points["accuracy_mean"].notna()].nunique() < 2:
-        return None
-    fig, axes = plt.subplots(1, 2, figsize=(8, 4))
-    for ax, key in zip(axes, ("accuracy", "training_loss"), strict=True):
-        size_axis(ax, points)
-        for name, look, part in by_optimizer(points):
-            curve(ax, part, key, **look, label=name)
-    mark_diverged(axes[0], points, "normal_diverged", looks(points["optimizer"]))
-    axes[0].set_ylabel("test accuracy (%)")
-    axes[1].set(ylabel="training loss (nats)", yscale="log")
+@styled
+def accuracy(table, event):
+    """Draw test accuracy over b at one event; × where a seed diverged, hollow where one did not fit."""
+    fig, (ax,) = _panels("How does test accuracy depend on the batch size?", 1, 4)
+    for name, look, rows in _curves(table):
+        known, lost = rows.dropna(subset="accuracy_mean"), rows[rows["diverged"] > 0]
+        _band(ax, known[known["unfit"] == 0], "b", "accuracy", **look, label=name)
+        unfit = known[known["unfit"] > 0]
+        ax.plot(unfit["b"], unfit["accuracy_mean"], look["marker"], mfc="none", color=look["color"])
+        floor = ax.get_xaxis_transform()
+        ax.plot(lost["b"], np.full(len(lost), 0.03), "x", color=look["color"], transform=floor, clip_on=False)
+    _size_axis(ax, table["b"])
+    ax.set(ylabel=f"test {label('accuracy')} at {event}")
+    _name_curves(ax)
     return fig
 
 
-def delta(points):
-    """Draw δ against b: measured as large hollow marks, our formula as a line, the paper's constants in grey."""
-    known = points[["delta_measured_mean", "delta_formula"]].notna().any(axis=1)
-    if points["batch_size"][known].nunique() < 2:
-        return None
-    fig, ax = plt.subplots(figsize=(6.5, 5))
-    size_axis(ax, points)
-    for name, look, part in by_optimizer(points[points["sampling_seeds"] > 0]):
-        curve(ax, part, "delta_measured", **look, label=f"{name}, measured", mfc="none", ms=9, lw=0.6)
-    for name, look, part in by_optimizer(points.dropna(subset="delta_formula")):
-        source = part["delta_formula_from"].iloc[0]
-        label = f"{name}, formula" if "* = " in source else f"{name}, formula (C² from {source})"
-        width = 4 if name == "SGD" else 1.5  # NSHB's may lie on SGD's
-        ax.plot(part["batch_size"], part["delta_formula"], **look, lw=width, label=label)
-    for name, look, part in by_optimizer(points.dropna(subset="delta_published_constants")):
-        grey = look | {"color": "0.6", "lw": 0.9, "ms": 3, "label": f"{name}, paper's C², K"}
-        ax.plot(part["batch_size"], part["delta_published_constants"], **grey)
-    mark_diverged(ax, points, "sampling_diverged", looks(points["optimizer"]))
-    ax.set(ylabel=DELTA_LABEL, yscale="log")
+@styled
+def sfo(steps, stars):
+    """Draw SFO complexity over b, a panel an ε, three at most; ○ at b*, ↑ where it is only a lower bound."""
+    every = sorted(steps["eps"].unique(), reverse=True)
+    shown = [every[i] for i in sorted({0, len(every) // 2, len(every) - 1})]
+    fig, axes = _panels("Which batch size needs the fewest gradients to reach ε?", len(shown), 3)
+    for ax, eps in zip(axes, shown, strict=True):
+        for name, look, rows in _curves(steps[steps["eps"] == eps]):
+            whole = rows[rows["reached"] == rows["seeds"]]
+            _band(ax, whole, "b", "sfo", **look, label=name)
+            missed = rows[(rows["reached"] < rows["seeds"]) & rows["sfo_mean"].notna()]
+            ax.plot(missed["b"], missed["sfo_mean"], linestyle="", marker=r"$\uparrow$", ms=8, color=look["color"])
+            best = stars[(stars["curve"] == rows["curve"].iloc[0]) & (stars["eps"] == eps)] if len(stars) else stars
+            for star in best.to_dict("records"):
+                ax.plot(star["b_star"], star["sfo"], "o", ms=11, mfc="none", color="k")
+            paper = rows.dropna(subset="published")
+            if len(paper):
+                ax.plot(paper["b"], paper["published"] * paper["b"], "k.", ms=3)
+                ax.annotate("paper", (paper["b"].iloc[-1], (paper["published"] * paper["b"]).iloc[-1]), fontsize=7)
+        _size_axis(ax, steps["b"])
+        _log(ax)
+        ax.set(title=f"ε = {eps:g}", ylabel="SFO complexity (gradients)" if ax is axes[0] else "")
+    _name_curves(axes[0])
     return fig
 
 
-def accuracy_delta(points, correlations):
-    """Draw test accuracy against δ, one panel for the formula's δ and one for the measured, of two points at least."""
-    points = points[points["normal_diverged"] == 0].dropna(subset="accuracy_mean")
-    shown = [key for key in DELTAS if points[key].notna().sum() >= 2]
-    if not shown:
-        return None
-    fig, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 4.4), sharey=True, squeeze=False)
-    for ax, key in zip(axes[0], shown, strict=True):
-        for name, look, part in by_optimizer(points.dropna(subset=shown, how="all")):
-            part = part.dropna(subset=key)  # none may be left: the legend has all in one order
-            y = part["accuracy_mean"]
-            error = [y - part["accuracy_min"], part["accuracy_max"] - y]
-            ax.errorbar(part[key], y, error, **look | {"linestyle": "", "capsize": 2, "label": name})
-        title = ["δ from the formula" if key == "delta_formula" else "δ measured, lr × ‖ω‖"]
-        for c in correlations.to_dict("records"):
-            if c["delta"] == key.removesuffix("_mean"):
-                who = c["optimizer"].upper()
-                title.append(f"{who}: Pearson {c['pearson']:+.2f}, Spearman {c['spearman']:+.2f}, n = {c['points']}")
-        ax.set(title="\n".join(title), xscale="log", xlabel=DELTA_LABEL)
-    axes[0, 0].set_ylabel("test accuracy (%)")
+@styled
+def delta(table, event):
+    """Draw δ over b at one event: measured with 95 % intervals, and by the formula with measured C² and K, dashed."""
+    fig, (ax,) = _panels("How does the degree of smoothing δ depend on the batch size?", 1, 4)
+    for name, look, rows in _curves(table):
+        _interval(ax, rows, "b", "delta", **look, label=name)
+        known = rows.dropna(subset="delta_formula")
+        ax.plot(known["b"], known["delta_formula"], **look | {"linestyle": "--", "lw": 1, "mfc": "white", "ms": 4})
+        if len(known):
+            at = known["b"].iloc[-1], known["delta_formula"].iloc[-1]
+            ax.annotate("formula", at, (5, 3), textcoords="offset points", color=look["color"], fontsize=7)
+    _size_axis(ax, table["b"])
+    _log(ax)
+    ax.set(ylabel=f"{label('delta')} at {event}")
+    _name_curves(ax)
     return fig
 
 
-def omega(table, omega_histogram, omega_qq):
-    """Draw histogram and Q–Q plot of one ω per optimizer, those of `table` that were read whole."""
-    drawn = table.dropna(subset="beyond_6_std").sort_values("optimizer").to_dict("records")
-    if not drawn:
-        return None
-    every = looks(table["optimizer"])
-    fig, axes = plt.subplots(2, len(drawn), figsize=(1 + 3.2 * len(drawn), 7), sharey="row", squeeze=False)
-    for (top, bottom), run in zip(axes.T, drawn, strict=True):
-        look = every[run["optimizer"]]
-        bars = omega_histogram[omega_histogram["name"] == run["name"]]
-        edges = [*bars["left"], bars["right"].iloc[-1]]
-        top.stairs(bars["density"], edges, fill=True, color=look["color"], alpha=0.5, label="entries of ω")
-        middle = (bars["left"] + bars["right"]) / 2
-        top.plot(middle, bars["normal"], "k--", lw=1, label="normal density, one scale for all")
-        title = f"{run['optimizer'].upper()}, b = {run['batch_size']}, seed {run['seed']}"
-        title += f"\n{run['omega_entries']:,} entries"
-        top.set(yscale="log", xlabel="(ω_i − mean) / std", ylim=(1e-8, 3e5), title=title)
-        lines = [f"{key} {run['omega_' + key.replace(' ', '_')]:.3g}" for key in ("mean", "std", "skewness")]
-        lines.append(f"excess kurtosis {run['omega_excess_kurtosis']:.3g}")
-        lines.append(f"cut off, beyond ±6 std: {100 * run['beyond_6_std']:.2g} %")
-        top.text(0.02, 0.98, "\n".join(lines), transform=top.transAxes, va="top", fontsize=8)
-        quantiles = omega_qq[omega_qq["name"] == run["name"]]
-        normal = quantiles["normal_quantile"]
-        style = {"color": look["color"], "marker": look["marker"], "linestyle": "", "ms": 3}
-        bottom.plot(normal, quantiles["omega_quantile"], **style, label="quantiles of ω")
-        bottom.plot(normal, normal, "k--", lw=1)
-        bottom.set(xlabel="quantile of the normal")
-    axes[0, 0].set_ylabel("density of standardized entries")
-    axes[1, 0].set_ylabel("quantile of standardized entries")
+@styled
+def omega(table):
+    """Draw the parts of E‖ω‖² over training, a panel a curve; the line across a bar is E‖ω‖² as measured."""
+    split = table["memory_noise_mean"].notna().any()
+    parts = ["fresh", *(("memory_noise", "memory_drift") if split else ("memory",))]
+    parts += ["injected"] if (table["injected_mean"] > 0).any() else []
+    fig, axes = _panels("What is the search direction noise ω made of?", table["label"].nunique(), 2.6)
+    for ax, (name, _, rows) in zip(axes, _curves(table), strict=True):
+        rows = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, 8).round().astype(int))]
+        x, bottom = np.arange(len(rows)), np.zeros(len(rows))
+        for part in parts:
+            height = rows[f"{part}_mean"].fillna(0).to_numpy()
+            ax.bar(x, height, 0.7, bottom, color=PARTS[part][1], edgecolor="k", lw=0.5, label=PARTS[part][0])
+            bottom = bottom + height
+        ax.hlines(rows["noise_square_mean"], x - 0.45, x + 0.45, color="k", lw=1.2)
+        ax.set_xticks(x, [f"{step:,}" for step in rows["steps"]])
+        top = 1.05 * max(bottom.max(), rows["noise_square_mean"].max())
+        ax.set(title=name, xlabel=f"{label('steps')}, b = {rows['b'].iloc[0]}", ylim=(0, top))
+    axes[0].set_ylabel(label("noise_square"))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
-def gradients(bins, runs, crossings, full):
-    """Draw gradient norm and running mean over steps, a panel per run in `bins`, a line of panels per optimizer.
-
-    full: of `full_gradients.read`; what a run measured of ‖∇f‖ is drawn too.
-    """
-    if bins.empty:
-        return None
-    drawn = runs[runs["name"].isin(bins["name"])].sort_values(["optimizer", "batch_size"])
-    lines = [list(mine.to_dict("records")) for _, mine in drawn.groupby("optimizer", observed=True)]
-    width, every_eps = max(map(len, lines)), sorted(crossings["eps"].unique())
-    size = (1 + 3.2 * width, 1 + 2.6 * len(lines))
-    fig, axes = plt.subplots(len(lines), width, figsize=size, sharey=True, squeeze=False)
-    for line, shown in zip(axes, lines, strict=True):
-        line[0].set_ylabel("gradient norm ‖g‖")
-        for ax in line[len(shown) :]:
-            ax.set_axis_off()
-        for ax, run in zip(line, shown, strict=False):
-            reached = crossings[crossings["name"] == run["name"]].dropna(subset="steps")
-            color = looks(runs["optimizer"])[run["optimizer"]]["color"]
-            draw_history(ax, bins[bins["name"] == run["name"]], every_eps, reached, color)
-            mine = full[(full["run"] == run["name"]) & (full["steps"] > 0)]
-            if len(mine):
-                ax.plot(mine["steps"], mine["full_gradient_norm"], "k+", ms=6, label="full gradient ‖∇f‖")
-            title = f"{run['optimizer'].upper()}, b = {run['batch_size']}, seed {run['seed']}"
-            ax.set(xscale="log", yscale="log", xlabel="step", title=title)
+@styled
+def c_squared(table, event, stars):
+    """Draw C² over the batch size drawn at one event, and over training; ◇ where b* puts it by the formula."""
+    fig, (left, right) = _panels("Is C² the same at every batch size and all through training?", 2, sharey=True)
+    b = table["b"].iloc[0]
+    for name, look, rows in _curves(table):
+        _interval(left, rows[rows["at_event"]], "batch_size", "c_squared", **look, label=name)
+        _interval(right, rows[rows["batch_size"] == b], "steps", "c_squared", **look)
+        if len(stars):
+            star = stars[stars["curve"] == rows["curve"].iloc[0]].sort_values("eps").head(1)
+            left.plot(star["b_star"], star["c_squared_from_b_star"], "D", mfc="white", color=look["color"])
+            for at in zip(star["b_star"], star["c_squared_from_b_star"], strict=True):
+                left.annotate("from b*", at, (5, 3), textcoords="offset points", color=look["color"], fontsize=7)
+    _size_axis(left, [*table["batch_size"], *(stars["b_star"] if len(stars) else [])], f"batch size drawn, at {event}")
+    right.set(xlabel=f"{label('steps')}, b = {b}")
+    left.set(ylabel=label("c_squared"))
+    _log(left)
+    _name_curves(left)
     return fig
 
 
-def draw_history(ax, bins, every_eps, reached, color):
-    """Draw one run's gradient norms and running mean, a line at each ε, and the step at which it was reached."""
-    style = {"color": color, "alpha": 0.4, "lw": 0.7, "step": "pre"}
-    ax.fill_between(bins["last_step"], bins["norm_min"], bins["norm_max"], **style, label="‖g‖, least to greatest")
-    ax.plot(bins["last_step"], bins["running_mean"], "k", lw=1.2, label="running mean of ‖g‖")
-    for i, eps in enumerate(every_eps):
-        style = {"color": "0.3", "lw": 0.8, "linestyle": nth_look(i)["linestyle"]}
-        ax.axhline(eps, **style, label=f"ε = {eps:g}")
-        here = reached[reached["eps"] == eps]
-        if len(here):
-            ax.plot(here["steps"], here["eps"], "ok", mfc="white", ms=6, zorder=5, label="ε reached")
+@styled
+def smoothing(table, event):
+    """Draw the loss that one step's noise adds, of three kinds, and the prediction as a line; ↓ an upper limit."""
+    fig, (ax,) = _panels("Which noise smooths the loss?", 1, 4.4)
+    x = np.arange(len(table))
+    for i, (kind, (name, marker, color, predicted)) in enumerate(KINDS.items()):
+        at, mean, low, high = x + 0.22 * (i - 1), *(table[f"{kind}_{of}"] for of in ("mean", "low", "high"))
+        known, look = low.isna() | (low > 0), {"fmt": marker, "color": color}
+        error = [(mean - low)[known].fillna(0), (high - mean)[known].fillna(0)]
+        ax.errorbar(at[known], mean[known], error, **look, label=name)
+        limit = ~known & (high > 0)  # a logarithmic axis has no zero for the interval to reach
+        ax.errorbar(at[limit], high[limit], 0.6 * high[limit], uplims=True, mfc="white", **look)
+        ax.hlines(table[f"{predicted}_mean"], at - 0.09, at + 0.09, color="k", lw=1.2, zorder=3)
+    at = x[0] - 0.32, table["excess_predicted_mean"].iloc[0]
+    ax.annotate("predicted", at, ha="right", va="center", fontsize=7)
+    ax.set_xticks(x, table["label"])
+    ax.set(xlim=(-0.9, len(x) - 0.5), ylabel=f"{quantity('excess_real').meaning} (nats)")
+    ax.set(xlabel=f"at {event}, b = {table['b'].iloc[0]}")
+    _log(ax)
+    ax.legend()
+    return fig

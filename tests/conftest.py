@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import signal
@@ -76,17 +77,69 @@ def summary(directory):
     return json.loads((directory / "summary.json").read_text())
 
 
-def committed(windows, run):
-    """The windows of a run, each committed as an experiment does."""
-    for window in windows:
-        run.commit(window)
-        yield window
+@pytest.fixture(scope="session")
+def mnist1d_dir():
+    """A directory with MNIST-1D, generated once for all processes and runs of the tests."""
+    from datasets import read
+
+    directory = ROOT / ".pytest_cache" / "data"
+    directory.mkdir(parents=True, exist_ok=True)
+    read("mnist1d", directory)
+    return directory
+
+
+@pytest.fixture
+def train(tmp_path, mnist1d_dir):
+    """A whole run in this process, on the CPU: its exit status and directory."""
+
+    def train(*argv):
+        import main
+
+        return main.main(parsed(mnist1d_dir, "--runs_dir", tmp_path, *argv)), tmp_path / parsed(
+            mnist1d_dir, *argv
+        ).name
+
+    return train
+
+
+def parsed(data_dir, *argv):
+    flags = [
+        "--device",
+        "cpu",
+        "--dataset",
+        "mnist1d",
+        "--lr",
+        0.05,
+        "--data_dir",
+        data_dir,
+        "--wandb_mode",
+        "disabled",
+    ]
+    flags += [] if "--model" in argv else ["--model", "MLP"]
+    from arguments import parse
+
+    return parse([*map(str, flags), *map(str, argv)])
+
+
+def start(data_dir, *argv):
+    """A Training without a record."""
+    from training.data import load
+    from training.loop import Training
+
+    args = parsed(data_dir, *argv)
+    data = load("mnist1d", args.data_dir, torch.device("cpu"), args.seed)
+    return Training(args, data, None, None)
+
+
+def rows(directory, name="metrics"):
+    with open(directory / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True, device="cpu"):
     """Random images with random labels, as a Data."""
-    import data
     from datasets import Spec
+    from training.data import Data
 
     rng = np.random.default_rng(seed)
     arrays = {}
@@ -95,7 +148,7 @@ def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True, device="cpu")
         arrays[f"y_{part}"] = rng.integers(0, classes, k)
     angle = 15.0 if augmented else 0.0
     spec = Spec(n, n_test, classes, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None, augmented, angle)
-    return data.Data(spec, arrays, torch.device(device), seed)
+    return Data(spec, arrays, torch.device(device), seed)
 
 
 @pytest.fixture(scope="session")

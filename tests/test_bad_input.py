@@ -2,13 +2,15 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import child
 import numpy as np
 import pytest
-from conftest import run_main
+from conftest import ROOT, run_main
 
+import main
 from arguments import parse
 
 SAMPLING = ["--mode", "sampling"]
@@ -52,7 +54,7 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--injected_noise", "-1"], "--injected_noise", "'-1'", "at least 0"),
     (["--injected_noise", "inf"], "--injected_noise", "'inf'", "finite"),
     (["--injected-noise", "loud"], "--injected_noise", "'loud'", "number"),
-    (["--injected_noise", "0.5", "--compile"], "--injected_noise", "0.5", "0 with --compile"),
+    (["--injected_noise", "0.5", "--cuda_graph"], "--injected_noise", "0.5", "0 with --cuda_graph"),
     (["--eps", "0"], "--eps", "'0'", "above 0"),
     (["--eps", "0.5", "-1"], "--eps", "'-1'", "above 0"),
     (["--eps", "0.5", "nan"], "--eps", "'nan'", "finite"),
@@ -63,17 +65,10 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--steps", "nan"], "--steps", "'nan'", "whole number"),
     (["--full_grad_batchsize", "0"], "--full_grad_batchsize", "'0'", "at least 1"),
     (["--mode", "sampling", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
-    (["--mode", "critical", "--full_grad_every", "0"], "--full_grad_every", "'0'", "above 0"),
-    (["--mode", "critical", "--full_grad_every", "-1"], "--full_grad_every", "'-1'", "above 0"),
-    (["--mode", "critical", "--full_grad_every", "nan"], "--full_grad_every", "'nan'", "finite"),
-    (["--mode", "critical", "--full-grad-every", "often"], "--full_grad_every", "'often'", "number"),
-    (["--full_grad_every"], "--full_grad_every", "expected one argument", ""),
-    (
-        ["--mode", "critical", "--full_grad_every", "1", "--full_grad_batchsize", "2000"],
-        "--full_grad_batchsize",
-        "2000",
-        "at most the 1437",
-    ),
+    (["--measure_every", "0"], "--measure_every", "'0'", "above 0"),
+    (["--measure-every", "often"], "--measure_every", "'often'", "number"),
+    (["--measure_every", "1", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
+    (["--full_grad_every", "1"], "--full_grad_every", "1", "did you mean --measure_every?"),
     (["--max_steps", "0"], "--max_steps", "'0'", "at least 1"),
     (["--max_steps", "ten"], "--max_steps", "'ten'", "whole number"),
     (["--seed", "-1"], "--seed", "'-1'", "0 to 2^63"),
@@ -82,7 +77,8 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--device", "gpu"], "--device", "'gpu'", "cuda"),
     (["--device", "cuda:x"], "--device", "'cuda:x'", "cuda:0"),
     (["--precision", "fp16"], "--precision", "'fp16'", "bf16"),
-    (["--compile", "yes"], "unrecognized arguments", "yes", "--help"),
+    (["--cuda_graph", "yes"], "unrecognized arguments", "yes", "--help"),
+    (["--compile"], "--compile", "did you mean --cuda_graph?", ""),
     (["--deterministic=1"], "--deterministic", "'1'", "ignored explicit argument"),
     (["--data_dir", ""], "--data_dir", "''", "directory"),
     (["--runs_dir", ""], "--runs_dir", "''", "directory"),
@@ -113,17 +109,30 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
     (["digits"], "unrecognized arguments", "digits", "--help"),
     ([*SAMPLING, "--steps", "5", "0", "5"], "--steps", "5 0 5", "each value once"),
-    ([*SAMPLING, "--draws", "1"], "--draws", "1", "0, or 2 and more"),
-    ([*SAMPLING, "--draws", "3", "--shape"], "--draws", "3", "4 and more with --shape"),
-    ([*SAMPLING, "--shape"], "--draws", "0", "4 and more with --shape"),
-    ([*SAMPLING, "--draw_batchsizes", "8"], "--draw_batchsizes", "8", "only with --draws"),
+    ([*SAMPLING, "--draws", "1"], "--draws", "'1'", "at least 2"),
+    ([*SAMPLING, "--draws", "3", "--measure", "shape"], "--draws", "3", "4 and more with shape"),
+    ([*SAMPLING, "--measure", "size"], "--measure", "'size'", "noise, shape, smoothing, sharpness"),
+    ([*SAMPLING, "--measure", "noise", "noise"], "--measure", "noise noise", "each value once"),
+    ([*SAMPLING, "--draw_batchsizes", "8"], "--draw_batchsizes", "8", "only --measure noise, or --draws"),
     ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "1438"], "--draw_batchsizes", "1438", "at most the 1437"),
     ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "8"], "--draw_batchsizes", "8 8", "each value once"),
     ([*SAMPLING, "--measure_batchnorm", "training"], "--measure_batchnorm", "'training'", "did you mean train?"),
     ([*SAMPLING, "--measure_batchnorm", "eval", "eval"], "--measure_batchnorm", "eval eval", "each value once"),
-    ([*SAMPLING, "--steps", "3", "--exact_memory", "4"], "--exact_memory", "4", "at most 3"),
-    ([*SAMPLING, "--steps", "0", "--exact_memory", "1"], "--exact_memory", "1", "at most 0"),
-    ([*SAMPLING, "--steps", "9", "4", "--exact_memory", "5"], "--exact_memory", "5", "at most 4"),
+    # What does not affect the run:
+    (["--mode", "critical", "--epochs", "3"], "--epochs", "got 3", "only --mode normal uses it"),
+    (["--mode", "critical", "--until-loss", "0.1"], "--until_loss", "0.1", "only --mode normal uses it"),
+    (["--eps", "1"], "--eps", "got 1.0", "only --mode critical uses it"),
+    (["--min_epochs=3"], "--min_epochs", "got 3", "only --mode critical uses it"),
+    (["--steps", "5"], "--steps", "got 5", "only --mode sampling uses it"),
+    ([*SAMPLING, "--measure_every", "1"], "--measure_every", "got 1.0", "--mode sampling measures at --steps"),
+    (["--draws", "8"], "--draws", "got 8", "measures with --measure_every"),
+    (["--mode", "critical", "--measure", "shape"], "--measure", "shape", "measures with --measure_every"),
+    (["--full_grad_batchsize", "100"], "--full_grad_batchsize", "got 100", "measures with --measure_every"),
+    ([*SAMPLING, "--draws", "8", "--probe_images", "9"], "--probe_images", "got 9", "smoothing or sharpness"),
+    (["--optimizer", "sgd", "--beta1", "0.5"], "--beta1", "got 0.5", "--optimizer sgd does not use it"),
+    (["--optimizer", "shb", "--nu", "0.5"], "--nu", "got 0.5", "--optimizer shb does not use it"),
+    (["--dataset", "mnist1d"], "--model", "got ResNet18", "with --dataset mnist1d are MLP, Softmax, ConvNet1d"),
+    (["--model", "MLP"], "--model", "got MLP", "with --dataset digits are ResNet18"),
 ]
 
 
@@ -143,9 +152,20 @@ def check(done, *parts):
 
 
 @pytest.mark.parametrize(("argv", "argument", "given", "allowed"), ROWS, ids=lambda v: None)
-def test_bad_arguments(argv, argument, given, allowed, tmp_path):
-    done = run_main(*(["--dataset", "digits"] if "--dataset" not in argv else []), *argv, cwd=tmp_path)
-    check(done, argument, given, allowed)
+def test_bad_arguments(argv, argument, given, allowed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = main.cli([*(["--dataset", "digits"] if "--dataset" not in argv else []), *argv])
+    out = capsys.readouterr()
+    check(subprocess.CompletedProcess(argv, status, out.out, out.err), argument, given, allowed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments_of_a_real_command_load_no_torch(tmp_path):
+    program = "import runpy, sys; sys.argv = ['main.py', '--lr', 'x']\n"
+    program += f"try: runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
+    program += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n" and done.stderr.startswith("error: argument --lr: got 'x'")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +177,7 @@ def test_what_only_the_machine_can_tell(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for argv, parts in (
         (["--device", "cuda:97"], ["--device", "'cuda:97'", "this machine has", "cpu"]),
-        (["--device", "cpu", "--compile"], ["--compile", "cpu"]),
+        (["--device", "cpu", "--cuda_graph"], ["--cuda_graph", "cpu"]),
         (["--runs_dir", "file"], ["--runs_dir", "file"]),
         (["--runs_dir", "/proc/nowhere"], ["--runs_dir", "/proc/nowhere"]),
         (["--runs_dir", ".", "--name", "file"], ["file"]),
@@ -215,9 +235,6 @@ def test_the_first_error_about_an_existing_run_already_says_what_differs(tmp_pat
     assert "--lr 0.2 (was 0.1)" in line and "another --name" in line and "--resume" not in line
     line = check(forked(*argv, "--max_steps", "1", cwd=tmp_path), "is at step 2 already, beyond")
     assert "--max_steps 1;" in line and "--resume" not in line
-    # What has no say in this mode makes no difference.
-    done = forked(*argv, "--eps", "0.1", "--steps", "3", "--min_epochs", "5", "--resume", cwd=tmp_path)
-    assert done.returncode == 0 and "finished already" in done.stdout, done
 
 
 def test_a_warning_is_printed_once(tmp_path):
@@ -243,16 +260,18 @@ def test_names_of_flags_take_either_dash():
 OTHER_RESULTS = [  # what makes another result and cannot be added to a run later
     *([[mode, flag, value] for mode in ("normal", "critical", "sampling")
        for flag, value in (("--lr", "0.1000001"), ("--lr", "1"), ("--beta1", "0.95"), ("--batchsize", "16"),
-                           ("--seed", "1"), ("--precision", "bf16"), ("--compile", None), ("--deterministic", None),
+                           ("--seed", "1"), ("--precision", "bf16"), ("--cuda_graph", None), ("--deterministic", None),
                            ("--optimizer", "sgd"), ("--model", "ResNet20"), ("--dataset", "CIFAR10"),
                            ("--optimizer", "qhm"), ("--injected_noise", "0.5"))]),
     ["normal", "--optimizer", "qhm", "--nu", "0.9"], ["normal", "--optimizer", "nshb"],
     ["normal", "--epochs", "10"], ["normal", "--max_steps", "10"], ["critical", "--min_epochs", "1"],
     ["sampling", "--steps", "5"], ["sampling", "--max_steps", "5"], ["sampling", "--full_grad_batchsize", "500"],
     ["sampling", "--steps", "5", "10000"], ["sampling", "--steps", "6", "5", "10000"], ["sampling", "--draws", "4"],
-    ["sampling", "--draws", "4", "--shape"], ["sampling", "--draws", "4", "--draw_batchsizes", "8"],
+    ["sampling", "--draws", "4", "--measure", "shape"], ["sampling", "--draws", "4", "--draw_batchsizes", "8"],
+    ["sampling", "--measure", "shape"], ["sampling", "--measure", "noise"], ["sampling", "--measure", "sharpness"],
     ["sampling", "--measure_batchnorm", "eval"], ["sampling", "--exact_memory", "5"],
-    ["sampling", "--measure_batchnorm", "train", "eval"],
+    ["sampling", "--measure_batchnorm", "train", "eval"], ["normal", "--measure_every", "1"],
+    ["normal", "--measure_every", "1", "--draws", "4"], ["normal", "--until_loss", "0.1"],
 ]  # fmt: skip
 
 
@@ -265,20 +284,19 @@ def test_default_names_do_not_collide():
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [
-        ["--mode", "critical", "--eps", "0.1", "0.2"],
-        ["--mode", "critical", "--max_steps", "7"],
-        ["--mode", "critical", "--epochs", "3"],  # of another mode
-        ["--mode", "critical", "--device", "cpu"],
-        ["--mode", "critical", "--optimizer", "sgd", "--beta1", "0.5"],
-        ["--mode", "critical", "--optimizer", "nshb", "--nu", "0.7"],
-        ["--mode", "critical", "--optimizer", "qhm", "--injected_noise", "0"],
-    ],
+    "more", [["--eps", "0.1", "0.2"], ["--max_steps", "7"], ["--device", "cpu"], ["--save_memory"]]
 )
-def test_what_can_be_added_later_or_has_no_say_is_not_in_the_name(argv):
-    plain = [word for word in argv[:2] + (argv[2:4] if "--optimizer" in argv else [])]
-    assert parse(argv).name == parse(plain).name
+def test_what_can_be_added_later_or_does_not_affect_the_result_is_not_in_the_name(more):
+    assert parse(["--mode", "critical", *more]).name == parse(["--mode", "critical"]).name
+
+
+def test_lists_are_in_the_name():
+    args = parse(
+        ["--mode", "sampling", "--optimizer", "sgd", "--steps", "100", "0", "5", "--measure", "shape", "--draws", "9"]
+    )
+    assert args.name == "sampling-CIFAR100-ResNet18-sgd-b8-lr0.1-steps0+5+100-measurenoise+shape-draws9-seed0"
+    assert (parse(["--mode", "sampling", "--measure", "shape"]).draws, args.steps) == (64, [0, 5, 100])
+    assert parse(["--mode", "sampling", "--draws", "9"]).measure == ["noise"]
 
 
 def test_help_names_every_flag(tmp_path):

@@ -1,251 +1,347 @@
-"""figures.py: one sweep from records to files, its numbers computed again; what is an error; the real process."""
+"""figures.py: what its figures and its page show, the command line, and that results/ is what results/runs give."""
 
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 from conftest import PATIENCE
-from report_helpers import PUBLISHED, ROOT, SLUG, command, critical, normal, record, sampling, table
-from scipy import stats
+from matplotlib.colors import to_hex
+from recorded import measurement, read, record, smoothing, study
 
-SEED_FACTOR = {0: 1.0, 1: 1.01, 2: 1.05}
+import figures
+from report import page, records
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+COLORS = {"SGD": "#0072b2", "SHB": "#d55e00", "NSHB": "#009e73"}
+SLUG = "mnist1d_MLP_lr0.1_beta0.9"
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """All modes: SHB from the published steps, an SGD point that misses ε 0.5, one that diverged, damaged runs."""
-    root = tmp_path_factory.mktemp("sweep")
-    runs, rng = root / "runs", np.random.default_rng(3)
-    for b, published in PUBLISHED.items():
-        for seed, factor in SEED_FACTOR.items():
-            to_eps = {eps: round(n * factor) for eps, n in published.items()}
-            folder = critical(runs, "shb", b, seed, to_eps, steps=to_eps["0.5"])
-            if (b, seed) in ((1024, 0), (8192, 0)):
-                norms = np.full(to_eps["0.5"], 0.5, "<f4")
-                norms[777] = 9.0
-                norms.tofile(folder / "gradient_norms.f32")
-    for b, n in {64: 4000, 128: 1000, 256: 300, 512: 200}.items():
-        critical(runs, "sgd", b, 0, {"0.5": n}, k=3.0, steps=n)
-        reached = b != 64  # at 64 the cap came first
-        critical(runs, "sgd", b, 1, {"0.5": n + 4 if reached else None}, steps=n + 4 if reached else 900,
-                 status="finished" if reached else "not_reached")  # fmt: skip
-    critical(runs, "sgd", 1024, 0, {"0.5": 500}, steps=500)
-    diverged = {"steps_to_eps": {"0.5": None}, "max_gradient_norm": None, "diverged_at_step": 7}
-    record(runs, "critical", "sgd", 1024, 1, diverged, steps=7, status="diverged")
-    for optimizer, top in (("sgd", 60.0), ("shb", 66.0)):
-        for i, b in enumerate((64, 256, 1024)):
-            for seed in (0, 1):
-                normal(runs, optimizer, b, seed, top - i * i + seed, 0.1 * (i + 1))
-                delta = (1.7 if optimizer == "shb" else 1.0) / (i + 1) + 0.01 * seed
-                sampling(runs, optimizer, b, seed, delta, rng.normal(2, 3, 4000))
-    normal(runs, "sgd", 64, 2, 10.0, epochs=3)  # not comparable with the rest
-    normal(runs, "sgd", 64, 0, 11.0, name="twin")  # the same point and seed again
-    normal(runs, "shb", 8, 0, 50.0, dataset="digits", model="ResNet20")  # another combination
-    for b in (8, 16):
-        normal(runs, "shb", b, 0, 50.0, dataset="CIFAR10", model="ResNet20")
-    broken = {"empty": "", "cut": '{"status": "fin', "list": "[]", "deep": "[" * 100_000, "odd": '{"args": {}}'}
-    for name, text in broken.items():
-        (runs / name).mkdir()
-        (runs / name / "summary.json").write_text(text)
-    (runs / "unfinished").mkdir()
-    (runs / "unfinished" / "args.json").write_text("{}")
-    normal(runs, "sgd", 64, 5, None)
-    normal(runs, "sgd", "64", 6, 60.0)
-    (runs / "sampling-sgd-b256-seed0" / "omega.npy").write_bytes(b"\x93NUMPY nonsense")
-    out = root / "out"
-    return runs, out, command(runs, "--out", out)
+def drawn(tmp_path_factory):
+    """The study's runs, its tables, its figures by name, the directory that figures.py wrote."""
+    folder = tmp_path_factory.mktemp("study")
+    study(folder / "runs")
+    kept, draw = [], page.figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "figures", lambda made: kept.append((made, list(draw(made)))) or kept[0][1])
+        assert figures.main([str(folder / "runs"), "--out", str(folder / "out")]) == 0
+    ((made, found),) = kept
+    return made, dict(found), folder / "out"
 
 
-def test_command_succeeds_and_names_what_it_left_out(sweep):
-    _, _, done = sweep
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and done.stderr == ""
-    left = {line.split(": ")[1]: line for line in done.stdout.splitlines() if line.startswith("left out: ")}
-    for name in ("empty", "cut", "list", "deep", "odd", "unfinished"):
-        assert name in left
-    assert "accuracy is None" in left["normal-sgd-b64-seed5"]
-    assert "batchsize is '64'" in left["normal-sgd-b64-seed6"]
-    assert "epochs 3" in left["normal-sgd-b64-seed2-epochs3"] and "epochs 200" in left["normal-sgd-b64-seed2-epochs3"]
-    twins = {"normal-sgd-b64-seed0", "normal-sgd-b64-seed0-nametwin"} & left.keys()
-    assert len(twins) == 1 and "same optimizer" in left[twins.pop()]
-    assert "gradient_norms.f32" in left["critical-sgd-b64-seed0 (gradient history only)"]
-    assert "omega.npy" not in left["empty"] and "sampling-sgd-b256-seed0 (ω only)" in left
-    assert "used: normal-shb-b64-seed1" in done.stdout
-    assert "digits_ResNet20_lr0.1_beta0.9: 1 runs used" in done.stdout
+def tables_of(runs):
+    ((_, _, members),) = page.sections(records.runs(runs))
+    return page.tables(members)
 
 
-@pytest.mark.parametrize("name", ["steps", "accuracy", "delta", "accuracy_delta", "omega", "gradients"])
-def test_figures_are_there_as_png_and_pdf(sweep, name):
-    _, out, _ = sweep
-    image = matplotlib.image.imread(out / f"{SLUG}_{name}.png")
-    assert min(image.shape[:2]) >= 400 and image[..., :3].std() > 0.05
-    pdf = (out / f"{SLUG}_{name}.pdf").read_bytes()
-    assert pdf.startswith(b"%PDF") and pdf.rstrip().endswith(b"%%EOF") and len(pdf) > 5000
-    assert not list(out.glob(".*"))
+def line(ax, label):
+    """(x, y) of the curve with this name in the legend."""
+    (handle,) = [h for h, name in zip(*ax.get_legend_handles_labels(), strict=True) if name == label]
+    handle = handle[0] if isinstance(handle, tuple) else handle
+    return handle.get_xdata().tolist(), handle.get_ydata().tolist()
 
 
-def test_steps_table_and_its_ratio_to_the_published(sweep):
-    rows = {(r["optimizer"], float(r["eps"]), int(r["batch_size"])): r for r in table(sweep[1], "steps")}
-    assert len(rows) == 33 + 5
-    for b, published in PUBLISHED.items():
-        for eps, n in published.items():
-            row, steps = rows["shb", float(eps), b], [round(n * f) for f in SEED_FACTOR.values()]
-            assert float(row["steps_mean"]) == pytest.approx(sum(steps) / 3, rel=1e-12)
-            assert (float(row["steps_min"]), float(row["steps_max"])) == (steps[0], steps[2])
-            assert float(row["sfo_mean"]) == pytest.approx(sum(steps) / 3 * b, rel=1e-12)
-            assert int(row["published"]) == n
-            assert float(row["ratio"]) == pytest.approx(1.02, abs=1e-3)
-    missed = rows["sgd", 0.5, 64]
-    assert (missed["critical_seeds"], missed["reached"], missed["diverged"]) == ("2", "1", "0")
-    assert float(missed["steps_mean"]) == (4000 + 900) / 2  # the seed that missed counts with the steps it ran
-    lost = rows["sgd", 0.5, 1024]
-    assert (lost["critical_seeds"], lost["reached"], lost["diverged"], float(lost["steps_mean"])) == (
-        "2",
-        "1",
-        "1",
-        500,
-    )
-    assert missed["published"] == missed["ratio"] == ""
+def marks(ax, color, **look):
+    """(x, y) of the single lines of this colour and look, without those that are named in the legend."""
+    found = []
+    for each in ax.lines:
+        alike = to_hex(each.get_color()) == color and each.get_label().startswith("_")
+        if alike and all(getattr(each, f"get_{key}")() == value for key, value in look.items()):
+            found += list(zip(each.get_xdata(), each.get_ydata(), strict=True))
+    return found
 
 
-def test_critical_batch_sizes_constants_and_bounds(sweep):
-    rows = {(r["optimizer"], float(r["eps"])): r for r in table(sweep[1], "critical_batch_size")}
-    assert [rows["shb", e]["b_star"] for e in (0.5, 0.7, 1.0)] == ["1024", "512", "256"]
-    assert [rows["shb", e]["published_b_star"] for e in (0.5, 0.7, 1.0)] == ["1024", "512", "256"]
-    assert [round(float(rows["shb", e]["bound"])) for e in (0.5, 0.7, 1.0)] == [1024, 522, 256]
-    for eps in (0.5, 0.7, 1.0):
-        mean = {b: sum(round(p[f"{eps}"] * f) for f in SEED_FACTOR.values()) / 3 * b for b, p in PUBLISHED.items()}
-        best = min(mean, key=mean.get)
-        limit = round(PUBLISHED[best][f"{eps}"] * 1.05) * best
-        near = [b for b in mean if PUBLISHED[b][f"{eps}"] * b <= limit]  # of the first seed, the fastest
-        assert rows["shb", eps]["range"] == " ".join(map(str, near)) and len(near) > 1
-        assert float(rows["shb", eps]["c_squared"]) == pytest.approx(25.3187, abs=1e-4)
-        assert float(rows["shb", eps]["k"]) == 1.77
-        assert rows["shb", eps]["edge"] == ""
-    sgd = rows["sgd", 0.5]
-    # 64 (156,800 at least) lies above 256 (77,312): it brackets b*; so does the seed that survived at 1024.
-    assert (sgd["b_star"], sgd["edge"], sgd["range"], sgd["undecided"]) == ("256", "", "256", "")
-    assert float(sgd["c_squared"]) == pytest.approx(256 * 0.25 / 0.1)
-    assert float(sgd["k"]) == 1.77 and sgd["published_c_squared"] == "1280"
+def names(figure):
+    """The entries of all legends of a figure."""
+    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
+    return [text.get_text() for legend in legends for text in legend.get_texts()]
 
 
-def test_point_table_and_delta(sweep):
-    rows = {(r["optimizer"], int(r["batch_size"])): r for r in table(sweep[1], "points")}
-    row = rows["shb", 256]
-    assert (float(row["accuracy_mean"]), float(row["accuracy_min"]), float(row["accuracy_max"])) == (65.5, 65.0, 66.0)
-    assert float(row["training_loss_mean"]) == pytest.approx(0.2)
-    c2, hat = 1024 * 0.25 * 0.9 * 0.01 / (0.1 * 0.91), 81.9
-    for b in (8, 256, 8192):
-        expected = 0.1 * math.sqrt((1 + hat) * c2 / b + hat * 1.77**2)
-        assert float(rows["shb", b]["delta_formula"]) == pytest.approx(expected, rel=1e-12)
-        assert float(rows["shb", b]["delta_published_constants"]) == pytest.approx(expected, rel=1e-3)
-    assert float(row["delta_measured_mean"]) == pytest.approx(1.7 / 2 + 0.005)
-    assert float(row["delta_measured_max"]) == pytest.approx(1.7 / 2 + 0.01)
-    assert rows["sgd", 256]["published_accuracy"] == "68"
-    assert rows["sgd", 64]["normal_seeds"] == "2"  # neither the twin nor the run of 3 epochs
-    assert float(rows["sgd", 256]["delta_formula"]) == pytest.approx(0.1 * math.sqrt(640 / 256))
-    assert rows["shb", 8]["accuracy_mean"] == ""
+def test_seven_figures_each_a_question_with_three_names_at_most_and_no_prose(drawn):
+    _, found, out = drawn
+    assert set(found) == {"training", "accuracy", "steps", "delta", "omega", "c_squared", "smoothing"}
+    assert len({figure.get_suptitle() for figure in found.values()}) == 7
+    for name, figure in found.items():
+        assert figure.get_suptitle().endswith("?") and 1 <= len(names(figure)) <= 3
+        inside = [text.get_text() for ax in figure.axes for text in ax.texts]
+        assert all(len(text.split()) <= 2 for text in inside), inside
+        for ax in figure.axes:
+            assert ax.get_xlabel() and len(ax.get_title().split()) <= 3
+        image = matplotlib.image.imread(out / f"{SLUG}_{name}.png")
+        assert min(image.shape[:2]) >= 400 and image[..., :3].std() > 0.05
 
 
-def test_correlations_are_those_of_the_points(sweep):
-    points = table(sweep[1], "points")
-    rows = {(r["delta"], r["optimizer"]): r for r in table(sweep[1], "correlations")}
-    for key in ("delta_formula", "delta_measured_mean"):
-        for who, n in (("sgd", 3), ("shb", 3), ("all", 6)):
-            there = [p for p in points if p["accuracy_mean"] and who in (p["optimizer"], "all")]
-            x, y = (np.array([float(p[k]) for p in there]) for k in (key, "accuracy_mean"))
-            row = rows[key.removesuffix("_mean"), who]
-            assert int(row["points"]) == len(x) == n
-            assert float(row["pearson"]) == pytest.approx(np.corrcoef(x, y)[0, 1])
-            ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
-            if who != "all":  # no ties
-                assert float(row["spearman"]) == pytest.approx(np.corrcoef(*ranks)[0, 1])
-            assert float(row["spearman"]) == pytest.approx(stats.spearmanr(x, y)[0])
+def test_training_curves(drawn):
+    made, found, _ = drawn
+    axes = found["training"].axes
+    assert [ax.get_ylabel() for ax in axes] == ["training loss (nats)", "accuracy (%)", "‖g‖"]
+    assert set(made["training"]["b"]) == {200}  # of four that all curves have
+    for label in COLORS:
+        rows = made["training"].query("label == @label")
+        for ax, name in zip(axes, ("training_loss", "accuracy", "g-norm"), strict=True):
+            assert line(ax, label) == ([1, 2, 3, 4], rows[f"{name}_mean"].tolist())
+            assert f"b = {200}" in ax.get_xlabel()
 
 
-def test_omega_of_a_damaged_file_gives_way_to_the_next_seed(sweep):
-    rows = {r["name"]: r for r in table(sweep[1], "omega")}
-    assert len(rows) == 12
-    part = rows["sampling-shb-b256-seed1"]  # the parts of ω beside its moments, as the record has them
-    parts = ("noise_norm", "full_gradient_norm", "gradient_noise_norm", "cosine", "omega_std")
-    delta = 10 * (1.7 / 2 + 0.01)
-    assert [part[key] for key in parts[1:]] == ["1.77", "", "", "1.0"] and float(part["noise_norm"]) == delta
-    drawn = {name for name, r in rows.items() if r["beyond_6_std"]}
-    assert drawn == {"sampling-sgd-b256-seed1", "sampling-shb-b256-seed0"}
-    bars = [r for r in table(sweep[1], "omega_histogram") if r["name"] == "sampling-shb-b256-seed0"]
-    assert sum(float(r["density"]) * (float(r["right"]) - float(r["left"])) for r in bars) == pytest.approx(1)
+def test_the_loss_of_a_long_run_is_drawn_at_whole_epochs(tmp_path):
+    metrics = [{"steps": 20 * i, "training_loss": 5 - i / 10 + i % 2, "g-norm": 1.0} for i in range(1, 21)]
+    record(tmp_path, "--optimizer=sgd --batchsize=100", 400, metrics=metrics)
+    (loss, _, norm) = dict(page.figures(tables_of(tmp_path)))["training"].axes
+    assert line(loss, "SGD")[0] == list(range(1, 11)) and len(line(norm, "SGD")[0]) == 20
 
 
-def test_gradient_table_keeps_the_excursion(sweep):
-    rows = table(sweep[1], "gradients")
-    assert {r["name"] for r in rows} == {"critical-shb-b1024-seed0", "critical-shb-b8192-seed0"}
-    part = [r for r in rows if "b1024" in r["name"]]
-    assert int(part[0]["first_step"]) == 1 and int(part[-1]["last_step"]) == 15982
-    assert max(float(r["norm_max"]) for r in part) == 9.0
-    assert float(part[-1]["running_mean"]) == pytest.approx((15981 * 0.5 + 9) / 15982, rel=1e-9)
+def test_accuracy_over_b_names_its_event(drawn):
+    made, found, _ = drawn
+    (ax,) = found["accuracy"].axes
+    assert ax.get_ylabel() == "test accuracy (%) at epoch 4" and ax.get_xscale() == "log"
+    for i, (label, color) in enumerate(COLORS.items()):
+        rows = made["accuracy"].query("label == @label")
+        assert line(ax, label) == ([50, 100, 200, 400], rows["accuracy_mean"].tolist())
+        band = ax.collections[i].get_paths()[0].vertices[:, 1]
+        assert (band.min(), band.max()) == (rows["accuracy_min"].min(), rows["accuracy_max"].max())
+        assert to_hex(ax.collections[i].get_facecolor()[0][:3]) == color
+    assert len({each.get_marker() for each in ax.lines if not each.get_label().startswith("_")}) == 3
 
 
-def test_report_tells_the_tables_the_rules_and_the_runs(sweep):
-    text = (sweep[1] / "report.md").read_text()
-    for part in (
-        "| shb | 0.7 | 512 |",
-        "not eligible",
-        "- diverged: critical-sgd-b1024-seed1 - ",
-        "- left out: cut: ",
-        "grid",
-    ):
-        assert part in " ".join(text.split())
-    assert "| 1280 |" in text and "| 15982 |" in text and "omega qq" not in text
-    assert "not drawn: steps: fewer than two b have steps to any ε" in text and "](digits" not in text
-    assert "not drawn: accuracy: fewer than two b have an accuracy" in text  # one point is no figure
+def test_a_diverged_seed_is_crossed_out(tmp_path):
+    for b in (100, 200):
+        record(tmp_path, f"--optimizer=sgd --batchsize={b}", 40, metrics=[{"steps": 4000 // b, "accuracy": 40}])
+    record(tmp_path, "--optimizer=sgd --batchsize=400", 3, status="diverged")
+    (ax,) = dict(page.figures(tables_of(tmp_path)))["accuracy"].axes
+    assert line(ax, "SGD") == ([100, 200], [40, 40])
+    assert [x for x, _ in marks(ax, COLORS["SGD"], marker="x")] == [400]
 
 
-def test_a_partial_sweep_gives_partial_figures(sweep):
-    made = {p.name for p in sweep[1].glob("CIFAR10_*.p*")}
-    names = ("CIFAR10_ResNet20_lr0.1_beta0.9_accuracy", "CIFAR10_ResNet20_comparison")
-    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
-    assert not list(sweep[1].glob("digits*.p*"))
+def test_sfo_over_b_with_b_star_and_lower_bounds(drawn):
+    made, found, _ = drawn
+    axes = found["steps"].axes
+    assert [ax.get_title() for ax in axes] == ["ε = 1.2", "ε = 1"]
+    for i, ax in enumerate(axes):
+        eps = (1.2, 1.0)[i]  # noqa: F841 (the queries use it)
+        for label, color in COLORS.items():
+            rows = made["steps"].query("label == @label and eps == @eps")
+            whole, missed = rows[rows["missed"] == 0], rows[rows["missed"] > 0]
+            assert line(ax, label) == (whole["b"].tolist(), whole["sfo_mean"].tolist())
+            bounds = marks(ax, color, marker=r"$\uparrow$")
+            assert bounds == list(zip(missed["b"], missed["sfo_mean"], strict=True))
+        stars = made["critical_batch_size"].query("eps == @eps")
+        rings = marks(ax, "#000000", marker="o")
+        assert rings == list(zip(stars["b_star"], stars["sfo"], strict=True)) and len(rings) == 3
+    assert any(made["steps"]["missed"] > 0)
 
 
-def test_errors_are_one_line_and_write_nothing(tmp_path):
+def test_delta_over_b_measured_and_by_the_formula(drawn):
+    made, found, _ = drawn
+    (ax,) = found["delta"].axes
+    assert ax.get_ylabel() == "δ at epoch 3"
+    for label, color in COLORS.items():
+        rows = made["delta"].query("label == @label and epoch == 3.5")
+        assert line(ax, label) == ([50, 100, 200, 400], rows["delta_mean"].tolist())
+        formula = marks(ax, color, linestyle="--")
+        assert formula == list(zip(rows["b"], rows["delta_formula"], strict=True))
+        ends = [s for c in ax.collections for s in c.get_segments() if to_hex(c.get_color()[0]) == color]
+        assert [seg[0][1] for seg in ends] == pytest.approx(rows["delta_low"].tolist())
+        assert [seg[1][1] for seg in ends] == pytest.approx(rows["delta_high"].tolist())
+
+
+def test_delta_is_not_compared_at_the_end_of_an_epoch(tmp_path):
+    """Measured at 1.5 epochs and at the end of the second, where momentum holds a whole epoch's batches."""
+    for b in (100, 200):
+        steps = 4000 // b * 3 // 2, 4000 // b * 2
+        rows = [measurement("sgd", b, step, 1.0 + i) for i, step in enumerate(steps)]
+        record(tmp_path, f"--optimizer=sgd --batchsize={b} --measure_every=1 --draws=8", steps[1], measured=rows)
+    (ax,) = dict(page.figures(tables_of(tmp_path)))["delta"].axes
+    assert ax.get_ylabel() == "δ at epoch 1"
+
+
+def test_what_omega_is_made_of(drawn):
+    made, found, _ = drawn
+    for ax, label in zip(found["omega"].axes, COLORS, strict=True):
+        rows = made["omega"].query("label == @label and b == 200")
+        assert ax.get_title() == label and [t.get_text() for t in ax.get_xticklabels()] == ["10", "30", "50", "70"]
+        heights = [bar.get_height() for bar in ax.patches]
+        assert heights == pytest.approx([*rows["fresh_mean"], *rows["memory_mean"]])
+        assert [bar.get_y() for bar in ax.patches[4:]] == rows["fresh_mean"].tolist()  # stacked
+        (lines,) = ax.collections
+        assert [seg[0][1] for seg in lines.get_segments()] == rows["noise_square_mean"].tolist()
+    assert names(found["omega"]) == ["this mini-batch", "momentum"]
+
+
+def test_the_memory_is_split_where_that_was_measured(tmp_path):
+    split = {"memory_noise": 1.5, "memory_drift": 0.7, "memory_cross": -0.2}
+    rows = [measurement("shb", 100, 20, 1.0) | split]
+    flags = "--mode=sampling --optimizer=shb --batchsize=100 --steps 20 --draws 8 --exact_memory 10"
+    record(tmp_path, flags, 20, measured=rows)
+    figure = dict(page.figures(tables_of(tmp_path)))["omega"]
+    assert names(figure) == ["this mini-batch", "noise of earlier mini-batches", "change of ∇f"]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([rows[0]["fresh"], 1.5, 0.7])
+
+
+def test_c_squared_over_b_over_training_and_from_b_star(drawn):
+    made, found, _ = drawn
+    left, right = found["c_squared"].axes
+    assert "at step 70" in left.get_xlabel() and "b = 200" in right.get_xlabel()
+    for label, color in COLORS.items():
+        rows = made["c_squared"].query("label == @label and b == 200")
+        last, own = rows[rows["steps"] == 70], rows[rows["batch_size"] == 200]
+        assert line(left, label) == ([25, 200, 800], last["c_squared_mean"].tolist())
+        assert list(zip(*marks(right, color), strict=True))[1][:4] == tuple(own["c_squared_mean"])
+        (star,) = made["critical_batch_size"].query("label == @label and eps == 1").to_dict("records")
+        assert marks(left, color, marker="D") == [(star["b_star"], star["c_squared_from_b_star"])]
+
+
+def test_which_noise_smooths_and_an_interval_that_reaches_zero_is_an_upper_limit(drawn):
+    made, found, _ = drawn
+    (ax,) = found["smoothing"].axes
+    table = made["smoothing"].set_index("label")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == list(COLORS) and ax.get_yscale() == "log"
+    assert table.loc["NSHB", "excess_real_low"] < 0 < table.loc["SHB", "excess_real_low"]
+    assert line(ax, "mini-batch noise")[1] == table.loc[["SGD", "SHB"], "excess_real_mean"].tolist()
+    hollow = [each for each in ax.lines if each.get_marker() == "o" and each.get_markerfacecolor() == "white"]
+    assert [each.get_ydata().tolist() for each in hollow if len(each.get_ydata())] == [
+        [table.loc["NSHB", "excess_real_high"]]
+    ]
+    assert line(ax, "Gaussian, same covariance")[1] == table["excess_gaussian_mean"].tolist()
+    assert line(ax, "Gaussian, isotropic, same length")[1] == table["excess_isotropic_mean"].tolist()
+    dashes = [seg[0][1] for c in ax.collections for seg in c.get_segments() if len(c.get_segments()) == 3]
+    for name in ("excess_predicted_mean", "excess_predicted_isotropic_mean"):
+        assert set(table[name]) <= set(dashes)
+
+
+def test_more_than_three_curves_are_named_at_their_ends(tmp_path):
+    for optimizer in ("sgd", "shb", "nshb", "qhm", "qhm --nu=0.7"):
+        for b in (100, 200):
+            metrics = [{"steps": 4000 // b, "accuracy": 40 + b}]
+            record(tmp_path, f"--batchsize={b} --optimizer={optimizer}", 40, metrics=metrics)
+    (ax,) = dict(page.figures(tables_of(tmp_path)))["accuracy"].axes
+    assert ax.get_legend() is None
+    assert {text.get_text() for text in ax.texts} == {"SGD", "SHB", "NSHB", "QHM", "QHM nu 0.7"}
+    shifts = sorted(text.xyann[1] for text in ax.texts)
+    assert np.diff(shifts).tolist() == pytest.approx([9] * 4)  # though all curves end at one point
+    looks = {(each.get_color(), each.get_marker(), each.get_linestyle()) for each in ax.lines if len(each.get_xdata())}
+    assert len(looks) == 5
+
+
+def test_tables_of_the_page_are_small_and_their_csvs_whole(drawn):
+    made, _, out = drawn
+    text = (out / "page.md").read_text()
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    for table in tables:
+        head, rule, *rows = table.splitlines()
+        assert 1 <= len(rows) <= 8 and head.count("|") <= 9
+        assert {row.count("|") for row in (head, rule, *rows)} == {head.count("|")}
+    for name, table in made.items():
+        if name != "training":
+            rows = read(out / f"{SLUG}_{name}.csv")
+            assert len(rows) == len(table) and f"({SLUG}_{name}.csv), rows: {len(table)}\n" in text
+            for key in rows[0]:
+                values = table[key].tolist()
+                ours = [row[key] for row in rows]
+                if isinstance(values[0], float):
+                    assert [v if v is not None else math.nan for v in ours] == pytest.approx(
+                        values, rel=1e-15, nan_ok=True
+                    )
+    assert len(tables) == len(made) - 1
+    assert re.search(r"\| SGD \| 400 \| 35 \| 64 \| 0\.0\d+ ± 0\.00\d+ \|", text)  # δ, with its interval
+    assert "E‖ω‖²: mean squared search direction noise over the draws" in text
+
+
+def test_what_is_not_measured_is_one_line_each(tmp_path):
+    record(tmp_path / "runs", "--optimizer=sgd", 500, metrics=[{"steps": 500, "accuracy": 9, "g-norm": 1.0}])
+    figures.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out" / "page.md").read_text().splitlines()
+    missing = [line for line in lines if line.startswith("Not ")]
+    assert len(missing) == 11 and "Not measured: needs --measure shape." in missing
+    assert sum(line.startswith("Not drawn: needs --mode normal at two b") for line in missing) == 1
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".csv", ".md"]
+
+
+def test_both_batchnorm_modes_are_in_the_csv_and_training_mode_in_the_figures(tmp_path):
+    rows = [measurement("sgd", 100, 20, u) | smoothing("sgd", u) for u in (1.0, 2.0)]
+    rows[1]["batchnorm"] = "eval"
+    flags = "--mode=sampling --optimizer=sgd --batchsize=100 --steps 20 --measure smoothing"
+    record(tmp_path, f"{flags} --measure_batchnorm train eval", 20, measured=rows)
+    made = tables_of(tmp_path)
+    assert made["omega"]["batchnorm"].tolist() == ["eval", "train"]
+    found = dict(page.figures(made))
+    assert [bar.get_height() for bar in found["omega"].axes[0].patches] == [rows[0]["fresh"], 0.0]
+    assert line(found["smoothing"].axes[0], "mini-batch noise")[1] == [rows[0]["excess_real"]]
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def test_pdf_and_min_epochs(tmp_path):
+    for b in (100, 200, 400):
+        norms = [9.0, *[0.1] * 400]
+        record(tmp_path / "runs", f"--mode=critical --optimizer=sgd --batchsize={b}", 401, norms=norms)
+    figures.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--min-epochs=0", "--format=pdf"])
+    (name,) = [path.name for path in (tmp_path / "out").iterdir() if path.suffix not in (".csv", ".md")]
+    assert name == f"{SLUG[:17]}_steps.pdf" and (tmp_path / "out" / name).read_bytes().startswith(b"%PDF")
+    rows = read(tmp_path / "out" / f"{SLUG[:17]}_steps.csv")
+    assert {(row["min_epochs"], row["steps_mean"]) for row in rows} == {(0, 23)}  # 9 + 22 · 0.1 ≤ 23 · 0.5
+    figures.main([str(tmp_path / "runs"), "--out", str(tmp_path / "again")])
+    assert {row["min_epochs"] for row in read(tmp_path / "again" / f"{SLUG[:17]}_steps.csv")} == {11}
+
+
+def test_errors_are_one_line_with_status_2_and_nothing_is_written(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad" / "run").mkdir(parents=True)
-    (tmp_path / "bad" / "run" / "summary.json").write_text("{")
-    normal(tmp_path / "good", "sgd", 8, 0, 50.0)
+    record(tmp_path / "good", "--optimizer=sgd", 9)
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
-    for words, parts in (
-        ((tmp_path / "none", "--out", tmp_path / "o"), ("RUNS_DIR", "none", "no directory")),
-        ((tmp_path / "empty", "--out", tmp_path / "o"), ("RUNS_DIR", "empty", "allowed is a directory")),
-        ((tmp_path / "bad", "--out", tmp_path / "o"), ("RUNS_DIR", "run: Expecting property name")),
-        ((tmp_path / "good", "--out", tmp_path / "file"), ("--out", "file", "File exists")),
-        ((tmp_path / "good", "--wat"), ("--wat",)),
+    for words, part in (
+        ((tmp_path / "none",), "none"),
+        ((tmp_path / "empty",), "empty"),
+        ((tmp_path / "good", "--out", tmp_path / "file"), "--out"),
+        ((tmp_path / "good", "--eps", "1"), "--eps"),
+        ((tmp_path / "good", "--format", "svg"), "allowed are png, pdf"),
+        ((tmp_path / "good", "--min_epochs", "-1"), "whole number of at least 0"),
     ):
-        done = command(*words)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert all(part in done.stderr for part in parts), done.stderr
+        with pytest.raises(UserError, match=re.escape(part)):
+            figures.main([*map(str, words), *(["--out", str(tmp_path / "o")] if "--out" not in words else [])])
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("eps", [["0"], ["-1"], ["nan"], ["inf"], ["x"], [], ["0.72", "0"], ["0.3"]])
-def test_an_eps_that_nobody_can_answer_is_one_error_line(tmp_path, eps):
-    critical(tmp_path / "runs", "sgd", 8, 0, {"0.72": 9}, steps=9)
-    done = command(tmp_path / "runs", "--out", tmp_path / "out", "--eps", *eps)
-    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
-    assert done.stderr.startswith("error: argument --eps: ") and done.stderr.count("\n") == 1
+def test_the_process_needs_no_display_no_known_backend_and_no_unicode(tmp_path):
+    record(tmp_path / "runs", "--optimizer=sgd", 500, metrics=[{"steps": 250 * i, "g-norm": 1.0} for i in (1, 2)])
+    env = os.environ | {"MPLBACKEND": "nonsense", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    env.pop("DISPLAY", None)
+    command = [sys.executable, "-W", "error::FutureWarning", ROOT / "figures.py"]
+    options = {"capture_output": True, "text": True, "env": env, "timeout": PATIENCE, "cwd": tmp_path}
+    done = subprocess.run([*command, "runs", "--out", "out"], **options)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == "written: out/page.md\n"
+    assert (tmp_path / "out" / "mnist1d_MLP_lr0.1_training.png").is_file()
+    done = subprocess.run([*command, "nowhere"], **options)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: argument RUNS_DIR: got 'nowhere', allowed is a directory .*\n", done.stderr)
 
 
-def test_a_pipe_named_omega_is_not_waited_for_and_a_plain_terminal_gets_its_report(tmp_path):
-    folder = sampling(tmp_path / "runs", "sgd", 8, 0, 1.0, np.zeros(3))
-    (folder / "omega.npy").unlink()
-    os.mkfifo(folder / "omega.npy")
-    words = [sys.executable, ROOT / "figures.py", tmp_path / "runs", "--out", tmp_path / "out"]
-    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=PATIENCE)
-    assert (done.returncode, done.stderr) == (0, "") and "omega.npy is no regular file" in done.stdout
-    assert (tmp_path / "out" / "report.md").is_file()
+def test_results_are_what_their_records_give(tmp_path):
+    """Tables to 1e-9, the page to the letter, the same figures; no file beside them is left from another study."""
+    figures.main([str(ROOT / "results" / "runs"), "--out", str(tmp_path)])
+    made = {path.name for path in tmp_path.iterdir()}
+    there = {
+        path.name for path in (ROOT / "results").iterdir() if path.name.startswith("CIFAR100") or path.suffix == ".png"
+    }
+    assert there | {"page.md"} == made
+    assert (tmp_path / "page.md").read_text() == (ROOT / "results" / "page.md").read_text()
+    for path in tmp_path.glob("*.csv"):
+        ours, theirs = read(path), read(ROOT / "results" / path.name)
+        assert len(ours) == len(theirs) > 0
+        for row, other in zip(ours, theirs, strict=True):
+            assert row.keys() == other.keys()
+            for key, value in row.items():
+                same = (
+                    value == pytest.approx(other[key], rel=1e-9) if isinstance(value, float) else value == other[key]
+                )
+                assert same, (path.name, key, value, other[key])
+    for path in tmp_path.glob("*.png"):
+        images = [matplotlib.image.imread(folder / path.name)[..., :3] for folder in (tmp_path, ROOT / "results")]
+        assert np.abs(np.subtract(*images)).mean() < 0.02, path.name

@@ -1,89 +1,427 @@
+"""measure/noise.py, draws.py and optimizers.py: by listing all batches of a small problem, and by slow twins."""
+
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tiny, make_data
 from scipy import stats
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-import models
 from measure import noise
-from measure.gradients import full_gradient
+from measure.draws import augmentation, draw, isotropic
+from measure.gradients import Objective
+from measure.optimizers import ExactMemory, affine
+from measure.quantities import columns
 from shb import NSHB, QHM, SGD, SHB
 
-OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB, "qhm": QHM}
+N, B, R = 6, 2, 0.5
+TORCH = [{}, {"momentum": 0.6}, {"momentum": 0.6, "dampening": 0.3}, {"momentum": 0.6, "nesterov": True}]
 
 
-def plain_net(seed, classes=10):
-    """No BatchNorm: every image's gradient stands alone, so a slow twin can go image by image."""
+def squared_error(output, y):
+    return F.mse_loss(output.squeeze(1), y)
+
+
+def regression(seed=0):
+    """A linear regression on six points, in float64, whose 15 batches of two can all be listed."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, 3, generator=rng, dtype=torch.float64)
+    y = torch.randn(N, generator=rng, dtype=torch.float64)
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 64, classes))
+    return Objective(nn.Linear(3, 1).double(), squared_error), x, y
 
 
-def slow_full_gradient(model, data, step):
-    """(1/N) Σ_i ∇ℓ_i, one image at a time, in float64."""
-    model = copy.deepcopy(model).double()
-    total = [torch.zeros_like(p) for p in model.parameters()]
-    for x, y in data.full_pass(step, 1):
-        log_p = torch.log_softmax(model(x.double()), 1)
-        for t, g in zip(total, torch.autograd.grad(-log_p[0, y[0]], list(model.parameters())), strict=True):
-            t += g / data.size
-    return total
+def every_batch(x, y):
+    return [(x[list(index)], y[list(index)]) for index in itertools.combinations(range(N), B)]
 
 
-@pytest.mark.parametrize(("n", "chunk"), [(60, 60), (60, 17), (61, 20), (40, 1)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_full_gradient_weighs_every_image_the_same(n, chunk, seed):
-    data, model = make_data(n, seed=seed), plain_net(seed)
-    ours = full_gradient(model, data.full_pass(7, chunk), n)
-    for a, b in zip(ours, slow_full_gradient(model, data, 7), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
+def flat_gradient(model, x, y):
+    """By hand: 2 (wᵀx + c − y) (x, 1), averaged over the batch."""
+    error = x @ model.weight.detach()[0] + model.bias.detach()[0] - y
+    rows = 2 * error[:, None] * torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    return rows.mean(0).numpy()
 
 
-def test_a_short_pass_is_refused():
-    data = make_data(60)
-    with pytest.raises(ValueError, match="hold 60 images, not 61"):
-        full_gradient(plain_net(0), data.full_pass(0, 20), 61)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_omega_is_the_direction_minus_the_full_gradient_at_the_same_point(name, seed):
-    data, model = make_data(60, seed=seed), plain_net(seed)
-    beta, lr = 0.7, 0.05
-    optimizer = OPTIMIZERS[name](model.parameters(), lr, **({} if name == "sgd" else {"momentum": beta}))
-    m = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
-    for step in range(4):
-        x, y = next(data.epoch(step, 8))
-        twin = copy.deepcopy(model).double()
-        g = torch.autograd.grad(F.cross_entropy(twin(x.double()), y), list(twin.parameters()))
-        weight = 1 - beta if name in ("nshb", "qhm") else 1
-        m = [gi if name == "sgd" else beta * mi + weight * gi for mi, gi in zip(m, g, strict=True)]
-        d = [(gi + mi) / 2 for gi, mi in zip(g, m, strict=True)] if name == "qhm" else m  # ν = 1/2
-        if step == 3:
-            break
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+def warmed_up(optimizer, objective, batches, steps=3):
+    for x, y in batches[:steps]:
+        optimizer.zero_grad()
+        objective.loss(objective.model(x), y).backward()
         optimizer.step()
-    numbers, omega = noise.measure(model, optimizer, (x, y), data.full_pass(3, 17), data.size)
-    full = slow_full_gradient(model, data, 3)
-    flat = lambda tensors: np.concatenate([t.detach().numpy().ravel() for t in tensors])  # noqa: E731
-    d, g, full = flat(d), flat(g), flat(full)
-    np.testing.assert_allclose(omega.numpy(), d - full, rtol=1e-3, atol=1e-6)
+    return optimizer
+
+
+def optimizers(params):
+    """Each with what its rule says by hand: w, and the factor on the buffer."""
+    yield SGD(params, 0.05), 1, 0
+    yield SHB(params, 0.05, momentum=0.6), 1, 0.6
+    yield NSHB(params, 0.05, momentum=0.6), 0.4, 0.6
+    yield QHM(params, 0.05, momentum=0.6, nu=0.7), 1 - 0.42, 0.42
+    for options, rule in zip(TORCH, [(1, 0), (1, 0.6), (0.7, 0.6), (1.6, 0.36)], strict=True):
+        yield torch.optim.SGD(params, lr=0.05, **options), *rule
+
+
+def prepared(case, seed=0):
+    """An optimizer some steps into its training; by hand w, g of all batches, ∇f and the memory."""
+    objective, x, y = regression(seed)
+    batches = every_batch(x, y)
+    optimizer, w, factor = list(optimizers(objective.params))[case]
+    warmed_up(optimizer, objective, batches)
+    full = objective.full_gradient([(x[:4], y[:4]), (x[4:], y[4:])], N)
+    g, nabla = (
+        np.array([flat_gradient(objective.model, *batch) for batch in batches]),
+        flat_gradient(objective.model, x, y),
+    )
+    buffers = [optimizer.state[p].get("momentum_buffer") for p in objective.params]
+    m = np.zeros(4) if buffers[0] is None else torch.cat([b.flatten() for b in buffers]).numpy()
+    return objective, optimizer, batches, full, w, g, nabla, factor * m
+
+
+# --- the budget ---
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_the_budget_over_all_pairs_of_draws_is_the_truth_of_all_batches(case):
+    """M = 2 draws, all 225 pairs of batches: the mean of an unbiased estimate is the quantity itself, to rounding."""
+    objective, optimizer, batches, full, w, g, nabla, memory = prepared(case)
+    rows = [noise.budget(objective, optimizer, full, pair, N) for pair in itertools.product(batches, batches)]
+    mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]}
+    _, x, y = regression()
+    images = np.array([flat_gradient(objective.model, x[i : i + 1], y[i : i + 1]) for i in range(N)])
+    omega, mu = w * g + memory - nabla, memory - (1 - w) * nabla
+    variance, c_squared = ((g - nabla) ** 2).sum(1).mean(), ((images - nabla) ** 2).sum(1).mean()
     expected = {
-        "noise_norm": np.linalg.norm(d - full),
-        "direction_norm": np.linalg.norm(d),
-        "full_gradient_norm": np.linalg.norm(full),
-        "gradient_norm": np.linalg.norm(g),
-        "gradient_noise_norm": np.linalg.norm(g - full),
-        "cosine": d @ full / np.linalg.norm(d) / np.linalg.norm(full),
-        "delta": lr * np.linalg.norm(d - full),
+        "draws": 2,
+        "full_gradient_norm": np.linalg.norm(nabla),
+        "noise_square": (omega**2).sum(1).mean(),
+        "delta": 0.05 * np.linalg.norm(omega, axis=1).mean(),
+        "variance": variance,
+        "fresh": w**2 * variance,
+        "memory": mu @ mu,
+        "injected": 0,
+        "c_squared": c_squared,
+        "noise_scale": c_squared / (nabla @ nabla),
+        "batchnorm_bias": 0,
     }
     for key, value in expected.items():
-        assert numbers[key] == pytest.approx(value, rel=1e-4), key
-    assert (numbers["noise_norm"] == numbers["gradient_noise_norm"]) == (name == "sgd")
+        assert mean[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
+    assert mean["noise_square"] == pytest.approx(mean["fresh"] + mean["memory"], rel=1e-9)
+    norms = np.linalg.norm(g, axis=1)
+    largest = [max(pair) for pair in itertools.product(norms, norms)]
+    assert [row["max_draw_norm"] for row in rows] == pytest.approx(largest)
+
+
+def test_many_draws_agree_with_the_plain_formulas():
+    objective, optimizer, batches, full, _, _, nabla, memory = prepared(1, seed=1)
+    picked = [batches[i] for i in np.random.default_rng(0).integers(0, 15, 20)]
+    kept = []
+    row = noise.budget(objective, optimizer, full, picked, N, keep=kept.append)
+    g = np.array([flat_gradient(objective.model, *batch) for batch in picked])
+    np.testing.assert_allclose(torch.stack(kept).numpy(), g, rtol=1e-12)
+    assert row["variance"] == pytest.approx(g.var(axis=0, ddof=1).sum())
+    gap = g.mean(0) - nabla
+    assert row["batchnorm_bias"] == pytest.approx(gap @ gap - row["variance"] / 20)
+    deltas = 0.05 * np.linalg.norm(g + memory - nabla, axis=1)
+    assert row["delta"] == pytest.approx(deltas.mean())
+    assert row["delta_se"] == pytest.approx(deltas.std(ddof=1) / np.sqrt(20))
+    successive = [(g[k] - g[:k].mean(0)) @ (g[k] - g[:k].mean(0)) * k / (k + 1) for k in range(1, 20)]
+    assert row["variance_se"] == pytest.approx(np.std(successive, ddof=1) / np.sqrt(19))
+    assert row["c_squared_se"] == pytest.approx(row["variance_se"] * B * (N - 1) / (N - B))
+
+
+def test_standard_errors_cover_and_estimates_are_unbiased_over_many_repetitions():
+    """32 draws, 150 times, with injected noise and a second name: 90 to 99 % of 95 % intervals hold the truth."""
+    objective, optimizer, batches, full, w, g, nabla, memory = prepared(2, seed=2)
+    rng, found = np.random.default_rng(0), []
+    for k in range(150):
+        picked = [batches[i] for i in rng.integers(0, 15, 32)]
+        injected = (3 * R, lambda *draw, k=k: generators(k, *draw))
+        found.append(
+            noise.budget(objective, optimizer, full, picked, N, injected=injected, renamed={"delta_as_shb": 2.5})
+        )
+    variance = ((g - nabla) ** 2).sum(1).mean()
+    truth = {"variance": variance, "c_squared": variance * B * (N - 1) / (N - B)}
+    many = w * g[rng.integers(0, 15, 200_000)] + memory + rng.normal(size=(200_000, 4)) * 3 * R / 2
+    truth["delta"] = 0.05 * np.linalg.norm(many - nabla, axis=1).mean()
+    truth["delta_as_shb"] = 0.05 * np.linalg.norm(many - 2.5 * nabla, axis=1).mean()
+    for key, value in truth.items():
+        estimates, errors = (np.array([row[name] for row in found]) for name in (key, f"{key}_se"))
+        assert abs(estimates.mean() - value) < 4 * estimates.std(ddof=1) / np.sqrt(150), key
+        covered = np.mean(abs(estimates - value) < 1.96 * errors)
+        assert 0.90 <= covered <= 0.99, (key, covered)
+    exact = ((w * g + memory - nabla) ** 2).sum(1).mean() + (3 * R) ** 2
+    for parts in (("batchnorm_bias",), ("noise_square",), ("fresh", "memory", "injected")):
+        sums = np.array([sum(row[part] for part in parts) for row in found])
+        expected = 0 if parts == ("batchnorm_bias",) else exact
+        assert abs(sums.mean() - expected) < 4 * sums.std(ddof=1) / np.sqrt(150), parts
+
+
+def test_groups_have_their_own_rates_and_momentum():
+    objective, x, y = regression(3)
+    model, batches = objective.model, every_batch(x, y)
+    groups = [
+        {"params": [model.bias], "lr": 0.5, "momentum": 0.3},
+        {"params": [model.weight], "lr": 0.05, "momentum": 0.8},
+    ]
+    optimizer = warmed_up(NSHB(groups), objective, batches)
+    full = objective.full_gradient([(x, y)], N)
+    row = noise.budget(objective, optimizer, full, batches, N)
+    g, nabla = np.array([flat_gradient(model, *batch) for batch in batches]), flat_gradient(model, x, y)
+    beta, lr = np.array([0.8, 0.8, 0.8, 0.3]), np.array([0.05, 0.05, 0.05, 0.5])
+    m = torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in model.parameters()]).numpy()
+    mu, omega = beta * m - beta * nabla, (1 - beta) * g + beta * m - nabla
+    assert row["fresh"] == pytest.approx(((1 - beta) ** 2 * g.var(axis=0, ddof=1)).sum())
+    assert row["memory"] == pytest.approx(mu @ mu)
+    assert row["delta"] == pytest.approx(np.linalg.norm(lr * omega, axis=1).mean())
+
+
+def test_the_bias_of_batchnorm_is_found():
+    """All batches of two in training mode: ‖E g_b − ∇f‖² by listing them, against the estimate over all pairs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    objective, (_, x, y) = Objective(model, squared_error), regression()
+    batches = every_batch(x, y)
+    full = objective.full_gradient([(x, y)], N)
+    g = torch.stack([torch.cat([t.flatten() for t in objective.gradient(batch)]) for batch in batches])
+    nabla = torch.cat([t.flatten() for t in full])
+    optimizer = NSHB(model.parameters(), 0.05, momentum=0.6)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.randn_like(p)
+    rows = [noise.budget(objective, optimizer, full, pair, N) for pair in itertools.product(batches, batches)]
+    bias = (g.mean(0) - nabla).square().sum().item()
+    assert bias > 0.1
+    assert np.mean([row["batchnorm_bias"] for row in rows]) == pytest.approx(bias, rel=1e-9)
+    variance = np.mean([row["variance"] for row in rows])
+    assert variance == pytest.approx((g - g.mean(0)).square().sum(1).mean().item(), rel=1e-9)
+    m = torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
+    mean = 0.6 * (m - nabla) + 0.4 * (g.mean(0) - nabla)
+    expected = 0.4**2 * variance + mean.square().sum().item()
+    assert np.mean([row["noise_square"] for row in rows]) == pytest.approx(expected, rel=1e-9)
+
+
+# --- injected noise, and the two names of one trajectory ---
+
+
+def generators(*draw):
+    seed = np.random.SeedSequence(draw or 99).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+def slow_u(generator):
+    """u of the regression by the definition: one normal vector of variance R²/d, cut into shapes in their order."""
+    parts = [torch.randn(shape, generator=generator).flatten() for shape in ((1, 3), (1,))]
+    return (torch.cat(parts) * R / 2).numpy()
+
+
+@pytest.mark.parametrize("shapes", [[(3, 2), (), (1,)], [(5,)]])
+def test_isotropic_noise_has_its_norm_and_no_direction(shapes):
+    like, generator = [torch.zeros(shape, dtype=torch.float64) for shape in shapes], generators(1)
+    drawn = [isotropic(like, R, generator) for _ in range(4000)]
+    assert all(t.shape == u.shape and t.dtype == u.dtype for t, u in zip(like, drawn[0], strict=True))
+    u = torch.stack([torch.cat([t.flatten() for t in each]) for each in drawn]).numpy()
+    d, squares = u.shape[1], (u**2).sum(1)
+    assert abs(squares.mean() - R**2) < 4 * squares.std() / 4000**0.5
+    error = R**2 / d / 4000**0.5  # of an entry of the covariance beside the diagonal; √2 times it on the diagonal
+    assert abs(u.T @ u / 4000 - R**2 / d * np.eye(d)).max() < 4.5 * 2**0.5 * error
+    assert abs(u.mean(0)).max() < 4.5 * R / d**0.5 / 4000**0.5
+    assert all(map(torch.equal, isotropic(like, R, generators(1)), drawn[0]))
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_injected_noise_and_another_name_enter_what_they_should(case):
+    objective, optimizer, batches, full, w, g, nabla, memory = prepared(case)
+    plain = noise.budget(objective, optimizer, full, batches, N)
+    options = {"injected": (R, generators), "renamed": {"delta_as_shb": 0.4, "delta_as_nshb": 1.0}}
+    row = noise.budget(objective, optimizer, full, batches, N, **options)
+    u, own = np.array([slow_u(generators(i + 1)) for i in range(15)]), slow_u(generators())
+    d = w * g + memory
+    deltas, renamed = (0.05 * np.linalg.norm(d + u - ratio * nabla, axis=1) for ratio in (1, 0.4))
+    expected = {
+        "injected": R**2,
+        "noise_square": ((d + u - nabla) ** 2).sum(1).mean(),
+        "delta": deltas.mean(),
+        "delta_se": deltas.std(ddof=1) / 15**0.5,
+        "delta_as_shb": renamed.mean(),
+        "delta_as_shb_se": renamed.std(ddof=1) / 15**0.5,
+    }
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, rel=1e-6), key
+    assert (row["delta_as_nshb"], row["delta_as_nshb_se"]) == (row["delta"], row["delta_se"])
+    assert all(row[key] == plain[key] for key in plain if key not in expected)
+    without, _ = noise.batch_noise(objective, optimizer, batches[0], full)
+    numbers, omega = noise.batch_noise(objective, optimizer, batches[0], full, **options)
+    np.testing.assert_allclose(omega.numpy(), d[0] + own - nabla, rtol=1e-6)
+    assert numbers["noise_norm"] == pytest.approx(np.linalg.norm(d[0] + own - nabla))
+    assert numbers["delta"] == numbers["delta_as_nshb"] == pytest.approx(0.05 * numbers["noise_norm"])
+    assert numbers["delta_as_shb"] == pytest.approx(0.05 * np.linalg.norm(d[0] + own - 0.4 * nabla))
+    assert numbers["omega_mean"] == pytest.approx(omega.mean().item()) and numbers["injected"] == R**2
+    for key in ("direction_norm", "full_gradient_norm", "gradient_noise_norm", "cosine"):
+        assert numbers[key] == without[key]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6, 0.9])
+def test_one_trajectory_has_two_deltas_and_each_name_gives_both(beta):
+    """SHB at η(1 − β) and NSHB at η, in float64: each one's δ under the other name is the other's own."""
+    found = {}
+    for cls, lr, ratios in ((SHB, 0.05 * (1 - beta), (1, 1 / (1 - beta))), (NSHB, 0.05, (1 - beta, 1))):
+        objective, x, y = regression(2)
+        batches, renamed = every_batch(x, y), dict(zip(("delta_as_shb", "delta_as_nshb"), ratios, strict=True))
+        optimizer = warmed_up(cls(objective.params, lr, momentum=beta), objective, batches, steps=12)
+        full = objective.full_gradient([(x, y)], N)
+        found[cls] = noise.budget(objective, optimizer, full, batches, N, renamed=renamed)
+        own, _ = noise.batch_noise(objective, optimizer, batches[3], full, renamed=renamed)
+        found[cls] |= {f"own {key}": value for key, value in own.items()}
+    for key in ("delta_as_shb", "delta_as_nshb", "own delta_as_shb", "own delta_as_nshb"):
+        assert found[SHB][key] == pytest.approx(found[NSHB][key], rel=1e-10)
+    for key in ("delta_as_shb_se", "delta_as_nshb_se"):
+        assert found[SHB][key] == pytest.approx(found[NSHB][key], rel=1e-9)
+    assert beta == 0 or found[SHB]["delta"] != pytest.approx(found[NSHB]["delta"], rel=0.05)
+
+
+# --- optimizers ---
+
+
+@pytest.mark.parametrize("options", [*TORCH, {"momentum": 0.6, "dampening": 0.3, "steps": 0}])
+def test_torch_s_sgd_moves_as_the_direction_says(options):
+    """Its own step is the twin; also the first one, whose gradient enters the buffer undamped."""
+    objective, x, y = regression(4)
+    steps = options.get("steps", 3)
+    options = {key: value for key, value in options.items() if key != "steps"}
+    optimizer = torch.optim.SGD(objective.params, lr=0.05, **options)
+    warmed_up(optimizer, objective, every_batch(x, y), steps)
+    weights, memory = affine(optimizer, objective.params)
+    expected = [w * g + m for g, w, m in zip(objective.gradient((x, y)), weights, memory, strict=True)]
+    before = [p.detach().clone() for p in objective.params]
+    warmed_up(optimizer, objective, [(x, y)])
+    for p, b, d in zip(objective.params, before, expected, strict=True):
+        torch.testing.assert_close((b - p.detach()) / 0.05, d, rtol=1e-9, atol=1e-12)
+
+
+class Preconditioned(SGD):
+    def direction(self):
+        return [d * torch.arange(1.0, d.numel() + 1).view_as(d).to(d) for d in super().direction()]
+
+
+class Needy(SGD):
+    def __init__(self, params, lr, why):
+        super().__init__(params, lr)
+
+
+class Sign(SGD):
+    def direction(self):
+        return [d.sign() for d in super().direction()]
+
+
+REFUSED = [
+    (lambda p: torch.optim.Adam(p), "torch.optim.SGD or have a method direction.*got Adam"),
+    (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01), "weight_decay=0.01"),
+    (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "maximize=True"),
+    (lambda p: Preconditioned(p, 0.1), "Preconditioned: the search direction is not w·g"),
+    (lambda p: Sign(p, 0.1), "Sign: the search direction is not w·g"),
+    (lambda p: SGD([torch.zeros(1, requires_grad=True)], 0.1), "depends on no parameter that the optimizer holds"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_cannot_be_measured_is_refused(make, message):
+    objective, x, y = regression()
+    full = objective.full_gradient([(x, y)], N)
+    with pytest.raises(ValueError, match=message):
+        noise.budget(objective, make(objective.params), full, every_batch(x, y), N)
+    with pytest.raises(ValueError, match="Needy cannot be made from parameter groups"):
+        ExactMemory(objective, Needy(objective.params, 0.1, "because"))
+
+
+@pytest.mark.parametrize("make", [SHB, NSHB, QHM, torch.optim.SGD])
+def test_exact_memory_splits_as_sums_over_the_past_do(make):
+    objective, x, y = regression(6)
+    batches, past = every_batch(x, y), []
+    optimizer = make(
+        objective.params, lr=0.05, momentum=0.6, **({"nesterov": True} if make is torch.optim.SGD else {})
+    )
+    exact = ExactMemory(objective, optimizer)
+    for batch in batches[:7]:
+        exact.add(objective.full_gradient([(x, y)], N))
+        past.append((flat_gradient(objective.model, *batch), flat_gradient(objective.model, x, y)))
+        warmed_up(optimizer, objective, [batch])
+    first = {SHB: 0.6, NSHB: 0.4 * 0.6, QHM: 0.5 * 0.4 * 0.6, torch.optim.SGD: 0.36}[make]
+    w = {SHB: 1, NSHB: 0.4, QHM: 1 - 0.5 * 0.6, torch.optim.SGD: 1.6}[make]
+    weights = first * 0.6 ** np.arange(7)
+    fluctuation = sum(h * (g - f) for h, (g, f) in zip(weights, past[::-1], strict=True))
+    drift = sum(h * f for h, (_, f) in zip(weights, past[::-1], strict=True))
+    drift -= (1 - w) * flat_gradient(objective.model, x, y)
+    full = objective.full_gradient([(x, y)], N)
+    found = exact.split(full)
+    assert found["memory_noise"] == pytest.approx(fluctuation @ fluctuation, rel=1e-9)
+    assert found["memory_drift"] == pytest.approx(drift @ drift, rel=1e-9)
+    assert found["memory_cross"] == pytest.approx(2 * fluctuation @ drift, rel=1e-9)
+    row = noise.budget(objective, optimizer, full, batches, N)
+    assert sum(found.values()) == pytest.approx(row["memory"], rel=1e-9)
+
+
+# --- draws ---
+
+
+def test_draws_must_be_alike():
+    objective, x, y = regression()
+    full, optimizer = objective.full_gradient([(x, y)], N), SGD(objective.params)
+    for draws, n in [([], N), ([(x, y)], N), ([(x, y), (x[:2], y[:2])], N), ([(x, y), (x, y)], 5)]:
+        with pytest.raises(ValueError, match="two or more batches of one size"):
+            noise.budget(objective, optimizer, full, draws, n)
+    row = noise.budget(objective, optimizer, full, [(x, y)] * 2, N)
+    assert np.isnan(row["c_squared"]) and row["variance"] == pytest.approx(0, abs=1e-12)
+    assert np.isnan(row["variance_se"])
+    with pytest.raises(ValueError, match="two or more"):
+        augmentation(objective, [((x, y), (x, y))])
+
+
+def test_augmentation_s_part_by_listing_all_of_it():
+    """Two augmentations, x and −x + 0.5, of each image of each batch: all 15 × 16 pairs."""
+    objective, x, y = regression(7)
+    variants = torch.stack([x, 0.5 - x])
+    pairs, within, every = [], [], []
+    for index in itertools.combinations(range(N), B):
+        views = []
+        for choice in itertools.product((0, 1), repeat=B):
+            images = torch.stack([variants[c, i] for c, i in zip(choice, index, strict=True)])
+            views.append((images, y[list(index)]))
+        pairs += list(itertools.product(views, views))
+        g = np.array([flat_gradient(objective.model, *view) for view in views])
+        within.append(((g - g.mean(0)) ** 2).sum(1).mean())
+        every.append(g)
+    found = augmentation(objective, pairs)
+    assert found["augmentation_variance"] == pytest.approx(np.mean(within), rel=1e-12)
+    assert found["c_squared_augmentation"] == pytest.approx(B * np.mean(within), rel=1e-12)
+    # One image's gradient, over images and augmentation: what docs/measuring.md makes of both numbers.
+    single = [flat_gradient(objective.model, v[i : i + 1], y[i : i + 1]) for v in variants for i in range(N)]
+    variance = np.concatenate(every).var(axis=0).sum()
+    c_squared = B * (N - 1) / (N - B) * variance - (B - 1) / (N - B) * found["c_squared_augmentation"]
+    assert c_squared == pytest.approx(np.array(single).var(axis=0).sum(), rel=1e-9)
+
+
+def test_draws_of_a_loader_are_independent_and_those_of_one_pass_are_not():
+    objective, optimizer, _, full, _, g, nabla, _ = prepared(0, seed=8)
+    _, x, y = regression(8)
+    loader = DataLoader(TensorDataset(x, y), batch_size=B, shuffle=True)
+    torch.manual_seed(0)
+    truth = ((g - nabla) ** 2).sum(1).mean()
+
+    def variances(draws):
+        return np.array([noise.budget(objective, optimizer, full, draws(), N)["variance"] for _ in range(200)])
+
+    independent, one_pass = variances(lambda: list(draw(loader, 3))), variances(lambda: list(loader))
+    assert abs(independent.mean() - truth) < 4 * independent.std() / 200**0.5
+    assert abs(one_pass.mean() - truth * N / (N - B)) < 4 * one_pass.std() / 200**0.5
+    with pytest.raises(ValueError, match="a loader that shuffles"):
+        next(draw(DataLoader(TensorDataset(x, y), batch_size=B), 3))
+
+
+# --- one batch's ω ---
+
+OPTIMIZERS = {"sgd": SGD, "shb": SHB, "nshb": NSHB, "qhm": QHM}
 
 
 class Branches(nn.Module):
@@ -91,140 +429,69 @@ class Branches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.frozen = nn.Linear(3072, 5), nn.Linear(5, 5)
+        self.first, self.frozen = nn.Linear(20, 5), nn.Linear(5, 5)
         self.unused, self.foreign, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 10)
         self.frozen.requires_grad_(False)
 
     def forward(self, x):
-        return self.last(self.foreign(self.frozen(torch.tanh(self.first(x.flatten(1))))))
+        return self.last(self.foreign(self.frozen(torch.tanh(self.first(x)))))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("turned", [False, True])
-def test_parameter_groups_are_matched_by_parameter(name, turned):
-    """Two groups of different lr, in either order; what `step` would not move is left out."""
+def test_omega_is_what_the_step_does_less_the_full_gradient_of_what_it_moves(name, turned):
+    """Two groups of different lr, in either order; d from the step and not from the rule; gradients in float64."""
     torch.manual_seed(3)
-    data, model = make_data(60), Branches()
-    trained = [*model.first.parameters(), *model.last.parameters()]
+    model, x, y = Branches(), torch.randn(60, 20), torch.randint(10, (60,))
     groups = [
         {"params": [*model.first.parameters(), *model.frozen.parameters()], "lr": 0.05},
         {"params": [*model.last.parameters(), *model.unused.parameters()], "lr": 0.4},
     ]
-    rates = [0.05, 0.05, 0.4, 0.4]
-    beta = {} if name == "sgd" else {"momentum": 0.7}
-    optimizer = OPTIMIZERS[name](groups[::-1] if turned else groups, 0.1, **beta)
-    for step in range(3):
-        x, y = next(data.epoch(step, 8))
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    x, y = next(data.epoch(3, 8))
-    numbers, omega = noise.measure(model, optimizer, (x, y), data.full_pass(3, 17), data.size)
-    twin = copy.deepcopy(model).double()
-    full = [torch.zeros_like(p, dtype=torch.float64) for p in trained]
-    for images, labels in data.full_pass(3, 60):
-        loss = F.cross_entropy(twin(images.double()), labels)
-        full = torch.autograd.grad(loss, [*twin.first.parameters(), *twin.last.parameters()])
-    before = [p.detach().clone() for p in trained]
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()  # d from what the step does, and not from the rule
-    d = [(b - p.detach()).double() / lr for b, p, lr in zip(before, trained, rates, strict=True)]
-    expected = [di - fi for di, fi in zip(d, full, strict=True)]
-    flat = torch.cat([e.flatten() for e in expected])
-    assert omega.shape == flat.shape
-    torch.testing.assert_close(omega.double(), flat, rtol=1e-2, atol=1e-4)
-    assert numbers["noise_norm"] == pytest.approx(flat.norm().item(), rel=1e-3)
-    weighted = torch.cat([lr * e.flatten() for e, lr in zip(expected, rates, strict=True)])
-    assert numbers["delta"] == pytest.approx(weighted.norm().item(), rel=1e-3)
-    d, full = (torch.cat([t.flatten() for t in part]) for part in (d, full))
-    assert numbers["cosine"] == pytest.approx(torch.cosine_similarity(d, full, dim=0).item(), abs=1e-3)
+    momentum = {} if name == "sgd" else {"momentum": 0.7}
+    optimizer = OPTIMIZERS[name](groups[::-1] if turned else groups, 0.1, **momentum)
+    objective, batches = Objective(model), list(zip(x.split(8), y.split(8), strict=True))
+    warmed_up(optimizer, objective, batches)
+    full = objective.full_gradient(batches, 60)
+    numbers, omega = noise.batch_noise(objective, optimizer, batches[3], full)
+    row = noise.budget(objective, optimizer, full, batches[3:7], 60)
+    twin, moved = copy.deepcopy(model).double(), [*model.first.parameters(), *model.last.parameters()]
+    parts = [*twin.first.parameters(), *twin.last.parameters()]
+    losses = (F.cross_entropy(twin(a.double()), b) for a, b in ((x, y), batches[3]))
+    full, g = (torch.cat([t.flatten() for t in torch.autograd.grad(loss, parts)]) for loss in losses)
+    before = [p.detach().clone() for p in moved]
+    warmed_up(optimizer, objective, batches[3:4])
+    step = torch.cat([(b - p.detach()).double().flatten() for b, p in zip(before, moved, strict=True)])
+    lr = torch.cat([torch.full((p.numel(),), rate) for p, rate in zip(moved, (0.05, 0.05, 0.4, 0.4), strict=True)])
+    d = step / lr
+    torch.testing.assert_close(omega.double(), d - full, rtol=1e-2, atol=1e-4)
+    expected = {
+        "noise_norm": (d - full).norm(),
+        "direction_norm": d.norm(),
+        "full_gradient_norm": full.norm(),
+        "gradient_noise_norm": (g - full).norm(),
+        "delta": (step - lr * full).norm(),
+        "cosine": torch.cosine_similarity(d, full, dim=0),
+    }
+    for key, value in expected.items():
+        assert numbers[key] == pytest.approx(value.item(), rel=1e-3), key
+    assert row["full_gradient_norm"] == pytest.approx(numbers["full_gradient_norm"], rel=1e-6)
 
 
-def snapshot(model, optimizer):
-    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    return state, grads, torch.get_rng_state(), np.random.get_state()[1].copy(), model.training
+def test_statistics_equal_scipy_s():
+    omega = (np.random.default_rng(0).gamma(2, 1, 10_001) * 1e-3).astype(np.float32)
+    x, found = omega.astype(np.float64), noise.statistics(omega)
+    expected = {"mean": x.mean(), "std": x.std(), "skewness": stats.skew(x), "excess_kurtosis": stats.kurtosis(x)}
+    assert found == pytest.approx({f"omega_{key}": value for key, value in expected.items()})
+    constant = noise.statistics(np.zeros(5, np.float32))
+    assert constant["omega_std"] == 0
+    assert np.isnan(constant["omega_skewness"]) and np.isnan(constant["omega_excess_kurtosis"])
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor | np.ndarray):
-        return np.array_equal(np.asarray(a), np.asarray(b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("held", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-def test_measuring_changes_nothing(fails, held, training):
-    torch.manual_seed(0)
-    data = make_data(60)
-    model = nn.Sequential(Tiny(20), nn.Dropout(0.5), nn.Linear(20, 10)).train(training)
-    optimizer = OPTIMIZERS["shb"](model.parameters(), 0.1)
-    x, y = next(data.epoch(0, 8))
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    if not held:
-        optimizer.zero_grad()
-    before = snapshot(model, optimizer)
-    calls = []
-
-    def between():
-        calls.append(1)
-        if fails and len(calls) == 3:
-            raise KeyError("stop")
-
-    if fails:
-        with pytest.raises(KeyError):
-            noise.measure(model, optimizer, (x, y), data.full_pass(0, 17), data.size, between)
-    else:
-        noise.measure(model, optimizer, (x, y), data.full_pass(0, 17), data.size, between)
-    assert len(calls) == (3 if fails else 4) and same(before, snapshot(model, optimizer))
-
-
-def test_batchnorm_s_statistics_are_a_batch_s_own_and_stay_out_of_it():
-    """In training mode, running statistics have no say: garbage in them changes no gradient."""
-    data = make_data(60)
-    torch.manual_seed(0)
-    model = Tiny(10)
-    a = full_gradient(model, data.full_pass(0, 20), 60)
-    model.bn.running_mean.fill_(1e3)
-    b = full_gradient(model, data.full_pass(0, 20), 60)
-    assert all(map(torch.equal, a, b)) and (model.bn.running_mean == 1e3).all()
-
-
-def test_in_one_chunk_sgd_has_no_noise_and_shb_has_its_momentum_alone():
-    data, model = make_data(90, augmented=False), models.build("ResNet20", 10)
-    sgd = OPTIMIZERS["sgd"](model.parameters(), 0.1)
-    batch = next(data.epoch(0, 90))
-    numbers, _ = noise.measure(model, sgd, batch, data.full_pass(0, 90), 90)
-    assert numbers["noise_norm"] < 1e-3 * numbers["full_gradient_norm"] and numbers["cosine"] > 1 - 1e-6
-    shb = OPTIMIZERS["shb"](model.parameters(), 0.1, momentum=0.9)
-    model.zero_grad()
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    shb.step()
-    momentum = torch.cat([0.9 * shb.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
-    _, omega = noise.measure(model, shb, next(data.epoch(1, 90)), data.full_pass(1, 90), 90)
-    assert (omega - momentum).norm() < 1e-3 * momentum.norm()
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_statistics_equal_scipy_s(seed):
-    rng = np.random.default_rng(seed)
-    omega = (rng.gamma(2, 1, 10_001) * 1e-3).astype(np.float32)
-    ours = noise.statistics(omega)
-    x = omega.astype(np.float64)
-    assert ours["skewness"] == pytest.approx(stats.skew(x)) and ours["excess_kurtosis"] == pytest.approx(
-        stats.kurtosis(x)
-    )
-    assert (ours["mean"], ours["std"]) == pytest.approx((x.mean(), x.std()))
-    assert (ours["min"], ours["max"], ours["entries"]) == (x.min(), x.max(), 10_001)
-
-
-def test_statistics_of_a_constant():
-    ours = noise.statistics(np.zeros(5, np.float32))
-    assert ours["std"] == 0 and np.isnan(ours["skewness"]) and np.isnan(ours["excess_kurtosis"])
+def test_what_is_returned_is_what_is_declared():
+    objective, optimizer, batches, full, *_ = prepared(1)
+    renamed = {"delta_as_shb": 1.0, "delta_as_nshb": 10.0}
+    found, _ = noise.batch_noise(objective, optimizer, batches[0], full, renamed=renamed)
+    found |= noise.budget(objective, optimizer, full, batches, N, renamed=renamed)
+    found |= ExactMemory(objective, optimizer).split(full)
+    found |= augmentation(objective, [(batches[0], batches[1])] * 2)
+    assert sorted(found) == sorted(columns("noise", "variance"))

@@ -1,8 +1,11 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 import models
+from datasets import DATASETS
 
 
 @pytest.mark.parametrize(
@@ -13,12 +16,34 @@ import models
         ("MobileNetv2", 100, 2_369_380),
         ("ResNet20", 10, 269_722),  # He et al., table 6: 0.27 M
         ("ResNet20", 100, 275_572),
+        ("MLP", 10, 15_210),  # 40·100 + 100, 100·100 + 100, 100·10 + 10
+        ("Softmax", 10, 410),
+        ("ConvNet1d", 10, 8_106),
     ],
 )
 def test_parameters_and_shapes(name, classes, count):
     model = models.build(name, classes)
     assert sum(p.numel() for p in model.parameters()) == count
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, classes)
+    inputs = (3, 32, 32) if models.takes(name, (32, 32, 3)) else (40,)
+    assert model(torch.randn(2, *inputs)).shape == (2, classes)
+
+
+def test_each_data_set_has_networks_and_each_network_data_sets():
+    taking = {name: [n for n in models.NETWORKS if models.takes(n, spec.shape)] for name, spec in DATASETS.items()}
+    assert taking["mnist1d"] == ["MLP", "Softmax", "ConvNet1d"]
+    assert taking["CIFAR100"] == taking["digits"] == ["ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20"]
+    assert not models.takes("MLP", (41,)) and not models.takes("ResNet20", (28, 28, 1))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("MLP", (40, 100, 100, 10)), ("Softmax", (40, 10))])
+def test_mlp_and_softmax_are_linear_layers_as_pytorch_initializes_them(name, sizes):
+    torch.manual_seed(3)
+    model = models.build(name, 10)
+    torch.manual_seed(3)
+    first, *rest = [nn.Linear(*pair) for pair in pairwise(sizes)]
+    layers = nn.Sequential(first, *(nn.Sequential(nn.ReLU(), layer) for layer in rest))
+    x = torch.randn(5, 40)
+    assert torch.equal(model(x), layers(x))
 
 
 def maps(model, x):
@@ -73,14 +98,6 @@ def test_resnet20_shortcuts_have_no_parameters():
     x = torch.randn(1, 16, 8, 8)
     out = block.shortcut(x)
     assert torch.equal(out[:, :16], x[:, :, ::2, ::2]) and not out[:, 16:].any() and out.shape == (1, 32, 4, 4)
-
-
-def test_the_seed_decides_the_weights():
-    def weights(seed):
-        torch.manual_seed(seed)
-        return torch.cat([p.flatten() for p in models.build("ResNet20", 10).parameters()])
-
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
 def test_unknown_network():

@@ -1,28 +1,40 @@
-"""A record that something else lays hands on: it is restored, or given up in one line, and never passes for whole."""
+"""The directory of a run: whose it is, what it says of its parts, and how trouble with it ends: in one line."""
 
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
-import child
 import numpy as np
 import pytest
-from conftest import PATIENCE, ROOT, run_main, summary
-from test_survival import BASE, DAMAGE, MODES, files, half_done, outcome, reference, wait_for  # noqa: F401 (a fixture)
+from conftest import PATIENCE, ROOT
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+import child
+from child import BASE, MODES, about, files, half_done, outcome, reference, wait_for
+
+import arguments
+from training.record import MEASUREMENTS, METRICS, Norms, Rows, read_summary, run_state
+from utils import UserError
 
 
-def about(directory):
-    return json.loads((directory / "args.json").read_text())
+def test_one_owner(tmp_path):
+    process = child.start([*BASE, "--epochs", 100_000], tmp_path)
+    wait_for(tmp_path / "log", "epoch 1", process)
+    for argv in ([], ["--resume"]):
+        status, log = child.run([*BASE, "--epochs", 100_000, *argv], tmp_path, log="second")
+        assert status == 2 and log.startswith("error: ") and log.count("\n") == 1, log
+        assert "belongs to another, running process" in log
+    process.kill()  # before its first checkpoint
+    process.join()
+    status, log = child.run([*BASE, "--epochs", 1, "--resume"], tmp_path)  # the dead one's lock does not block
+    assert status == 0 and [p["first_step"] for p in about(tmp_path / "runs" / "r")["environments"]] == [0], log
 
 
 @pytest.mark.parametrize("remains", ["nothing", "another run", "another lock"])
-@pytest.mark.parametrize("mode", ["normal", "critical"])
-def test_a_run_whose_directory_is_replaced_writes_nothing_more(mode, remains, tmp_path):
-    argv = [*BASE, "--mode", mode, "--epochs", 100_000, "--eps", 1e-9, "--checkpoint_every", 0.2]
+def test_a_run_whose_directory_is_replaced_writes_nothing_more(remains, tmp_path):
+    argv = [*BASE, "--mode", "critical", "--eps", 1e-9, "--checkpoint_every", 0.2]
     process = child.start(argv, tmp_path)
     directory = tmp_path / "runs" / "r"
     wait_for(tmp_path / "log", "epoch 1", process)
@@ -35,66 +47,18 @@ def test_a_run_whose_directory_is_replaced_writes_nothing_more(mode, remains, tm
         directory.mkdir(exist_ok=True)
         (directory / ".lock").touch()
     before = files(directory) if remains == "another run" else None
-    process.join(60)
+    process.join(PATIENCE)
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert process.exitcode == 1 and last.startswith("error: runs/r or its .lock was deleted or replaced"), last
     assert directory.exists() == (remains != "nothing")
-    if before:
-        assert files(directory) == before
+    assert before is None or files(directory) == before
 
 
-@pytest.mark.parametrize("kind", ["replace_metrics", "delete_metrics", "delete_args", "delete_norms"])
-def test_what_is_changed_in_mid_run_is_restored(kind, reference, tmp_path):  # noqa: F811
-    status, log = child.run([*BASE, *MODES["critical"]], tmp_path, kind)
-    assert status == 0 and log.count("warning: something else changed") == 1, log
-    assert outcome(tmp_path / "runs" / "r") == reference["critical"]
-    assert about(tmp_path / "runs" / "r")["args"]["batchsize"] == 64
-
-
-def test_rows_damaged_in_mid_run_do_not_condemn_the_run(reference, tmp_path):  # noqa: F811
-    status, log = child.run([*BASE, *MODES["critical"]], tmp_path, "cut_metrics")
-    assert status == 0 and log.count("warning: ") == 1 and "the rows so far are lost" in log, log
-    ours, whole = outcome(tmp_path / "runs" / "r"), dict(reference["critical"])
-    assert ours.pop("metrics") == [] and whole.pop("metrics") and ours == whole
-    assert (tmp_path / "runs" / "r" / "metrics.damaged.csv").stat().st_size > 10
-
-
-def test_a_history_damaged_in_mid_run_does_not_condemn_the_run(reference, tmp_path):  # noqa: F811
-    status, log = child.run([*BASE, *MODES["critical"]], tmp_path, "cut_norms")
-    assert status == 0 and log.count("warning: ") == 1 and "nan for the 430 steps" in log, log
-    directory = tmp_path / "runs" / "r"
-    assert summary(directory)["results"] == reference["critical"]["summary"]["results"]
-    norms = np.fromfile(directory / "gradient_norms.f32", "<f4")
-    assert len(norms) == 430 and np.isnan(norms).all()
-    before = files(directory)
-    argv = [*BASE, *MODES["critical"], "--resume", "--eps", 0.7, "--max_steps", 500]
-    status, log = child.run(argv, tmp_path)
-    assert status == 2 and "error: argument --resume" in log and "--eps [0.7]" in log and "Traceback" not in log, log
-    after = files(directory)
-    assert {k: v for k, v in before.items() if k != "gradient_norms.f32"} == {
-        k: v for k, v in after.items() if k != "gradient_norms.f32"
-    }
-
-
-def test_a_history_changed_between_two_parts_is_found_by_its_checksum(reference, tmp_path):  # noqa: F811
-    directory = half_done(tmp_path, "critical")
-    DAMAGE["garbled"](directory / "gradient_norms.f32")
-    found = (directory / "gradient_norms.f32").read_bytes()
-    status, log = child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)
-    assert status == 0 and log.count("warning: ") == 1 and "nan for the 138 steps" in log, log
-    assert (directory / "gradient_norms.damaged.f32").read_bytes() == found
-    whole = np.frombuffer(reference["critical"]["gradient_norms.f32"], "<f4")
-    ours = np.fromfile(directory / "gradient_norms.f32", "<f4")
-    assert np.isnan(ours[:138]).all() and (ours[138:] == whole[138:]).all()
-    assert summary(directory)["results"] == reference["critical"]["summary"]["results"]
-
-
-def test_omega_lost_before_the_end_is_measured_again(reference, tmp_path):  # noqa: F811
-    status, log = child.run([*BASE, *MODES["sampling"]], tmp_path, "lose_omega")
-    assert status == 1 and "--resume measures ω again" in log.splitlines()[-1], log
-    assert not (tmp_path / "runs" / "r" / "summary.json").exists()
-    assert child.run([*BASE, *MODES["sampling"], "--resume"], tmp_path)[0] == 0
-    assert outcome(tmp_path / "runs" / "r") == reference["sampling"]
+@pytest.mark.parametrize("kind", child.MEDDLING)
+def test_a_file_changed_in_mid_run_never_passes_for_whole(kind, tmp_path):
+    status, log = child.run([*BASE, *MODES["critical"]], tmp_path, f"meddle={kind}")
+    assert status == 1 and log.splitlines()[-1].startswith("error: something else changed runs/r/"), log
+    assert not (tmp_path / "runs" / "r" / "summary.json").exists() and "Traceback" not in log
 
 
 def test_each_part_of_a_run_keeps_its_environment(tmp_path):
@@ -103,132 +67,113 @@ def test_each_part_of_a_run_keeps_its_environment(tmp_path):
     status, log = child.run(argv, tmp_path, "signal_at=100")
     assert status == 143 and "warning" not in log, log
     begun = [int(step) for step in re.findall(r"stopped after step (\d+)", (tmp_path / "log").read_text())]
-    status, log = child.run([*argv, "--epochs", 12], tmp_path, "threads=2")
+    status, log = child.run(argv, tmp_path, "threads=2")
     assert status == 0 and log.count("warning: ") == 1 and "threads 2 (was 1)" in log, log
     parts = about(directory)["environments"]
     assert [(p["first_step"], p["threads"]) for p in parts] == [(0, 1), (begun[0], 1), (begun[1], 2)]
     assert all(p["torch"] and p["device"] == "cpu" and "git_commit" in p for p in parts)
-    content = about(directory) | {"environment": parts[0]}  # as it was before there were parts
-    del content["environments"], content["wandb_id"], content["data_checksum"]
-    (directory / "args.json").write_text(json.dumps(content))
-    assert child.run(argv, tmp_path)[0] == 0
-    assert [p["first_step"] for p in about(directory)["environments"]] == [0, 276]
 
 
-def test_a_part_that_left_nothing_is_not_kept(tmp_path):
-    directory = tmp_path / "runs" / "r"
-    for _ in range(2):  # killed before its first checkpoint
-        process = child.start([*BASE, "--epochs", 100_000, "--resume"], tmp_path)
-        wait_for(tmp_path / "log", "epoch 1", process)
-        process.kill()
-        process.join()
-        (tmp_path / "log").unlink()
-        assert [p["first_step"] for p in about(directory)["environments"]] == [0]
-
-
-def test_other_data_is_refused_and_nothing_is_written(tmp_path):
-    directory = half_done(tmp_path, "normal")
-    before = files(directory)
-    status, log = child.run([*BASE, *MODES["normal"], "--resume"], tmp_path, "other_pixels")
-    assert status == 2 and "error: argument --resume" in log and "other data than lies in --data_dir data" in log, log
-    assert str(about(directory)["data_checksum"]) in log and files(directory) == before
-
-
-def test_a_file_system_without_locks_is_a_warning(reference, tmp_path):  # noqa: F811
-    status, log = child.run([*BASE, *MODES["critical"]], tmp_path, "no_locks")
-    assert status == 0 and log.count("warning: runs/r cannot be locked (No locks available)") == 1, log
-    assert outcome(tmp_path / "runs" / "r") == reference["critical"]
-
-
-def test_too_little_memory_is_one_line(tmp_path):
-    status, log = child.run([*BASE, "--batchsize", 1437], tmp_path, f"memory={40 << 20}")
-    assert status == 1 and log.splitlines()[-1].startswith("error: ") and "Traceback" not in log, log
-
-
-def test_a_first_checkpoint_that_fails_promises_nothing(tmp_path):
-    status, log = child.run([*BASE, "--checkpoint_every", 0], tmp_path, "file_limit=9000")
-    assert status == 1 and "there is none before it" in log.splitlines()[-1], log
-
-
-def test_a_copy_is_another_run_of_its_own(reference, tmp_path):  # noqa: F811
-    directory = half_done(tmp_path, "critical")
-    shutil.copytree(directory, directory.with_name("copy"))
-    argv = [*BASE, *MODES["critical"], "--resume"]
-    processes = [child.start([*argv, "--name", name], tmp_path) for name in ("r", "copy")]
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    ours, copy = outcome(directory), outcome(directory.with_name("copy"))
-    assert ours == reference["critical"] and copy["checkpoint"] == ours["checkpoint"]
-    assert about(directory)["wandb_id"] != about(directory.with_name("copy"))["wandb_id"]
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody with fewer rights")
+@pytest.mark.parametrize(
+    ("sabotage", "argv", "expected", "said"),
+    [
+        ("no_locks", [], 0, "warning: runs/r cannot be locked (No locks available)"),
+        (f"memory={40 << 20}", ["--batchsize", 1437], 1, "error: "),
+        ("nobody", ["--runs_dir", "/usr/runs"], 2, "error: argument --runs_dir: /usr/runs/r cannot be used"),
+    ],
+)
+def test_trouble_is_one_line(sabotage, argv, expected, said, tmp_path):
+    status, log = child.run([*BASE, *argv, "--epochs", 1], tmp_path, sabotage)
+    lines = [line for line in log.splitlines() if line.startswith(("warning", "error", "Traceback"))]
+    assert status == expected and len(lines) == 1 and lines[0].startswith(said), log
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
-def test_wandb_does_not_bury_the_error_of_a_full_disk(tmp_path):
+def test_a_full_disk_is_one_line_with_wandb_too(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a file system here")
     try:
         (tmp_path / "fill").write_bytes(bytes(570 << 10))
-        done = child.run([*BASE, "--wandb_mode", "offline", "--checkpoint_every", 0, "--epochs", 100], tmp_path)
+        argv = [*BASE, "--wandb_mode", "offline", "--checkpoint_every", 0, "--epochs", 100]
+        status, log = child.run(argv, tmp_path)
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-    status, log = done
     assert status == 1 and "No space left on device" in log, log
     lines = [line for line in log.splitlines() if not line.startswith("step ")]
     assert lines[-1].startswith("error: ") and len(lines) < 6 and "Traceback" not in log, log
 
 
-NESTED = "[" * 200_000
-
-
-@pytest.mark.parametrize("content", [NESTED, '{"args": ' + NESTED, "[]", "null", '{"status": []}'])
-def test_a_summary_that_holds_something_else(content, reference, tmp_path):  # noqa: F811
+def test_a_copy_is_another_run_of_its_own(tmp_path):
     directory = half_done(tmp_path, "critical")
-    for name in ("summary.json", "args.json"):
-        (directory / name).write_text(content)
-    status, log = child.run([*BASE, *MODES["critical"]], tmp_path)
-    assert status == 2 and log.splitlines()[-1].startswith("error: argument --name"), log
-    assert child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)[0] == 0
-    assert outcome(directory) == reference["critical"]
+    copy = shutil.copytree(directory, directory.with_name("copy"))
+    assert child.run([*BASE, *MODES["critical"], "--resume", "--name", "copy"], tmp_path)[0] == 0
+    assert outcome(copy)["checkpoint"] == reference("critical")["checkpoint"]
+    assert about(directory)["wandb_id"] != about(copy)["wandb_id"]
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
-    directory = half_done(tmp_path, "normal")
-    for name in ("summary.json", "args.json", "checkpoint.previous.pt"):
-        (directory / name).unlink(missing_ok=True)
-        os.mkfifo(directory / name)
-    status, log = child.run([*BASE, *MODES["normal"], "--resume"], tmp_path)
-    assert status == 0 and "summary.json is damaged (it is no regular file)" in log, log
+def test_leftovers_and_a_damaged_summary_are_no_run(tmp_path):
+    directory = tmp_path / "runs" / "r"
+    directory.mkdir(parents=True)
+    for content in ("", "[]", '{"status": []}', '{"status": "finished", "steps": 3}'):
+        (directory / "summary.json").write_text(content)
+        assert read_summary(directory) is None
+    for name in ("args.json", "gradient_norms.f32", "measurements.csv"):
+        (directory / name).write_text("[]")  # left over by a run that was killed before its first checkpoint
+    status, log = child.run([*BASE, *MODES["critical"], "--resume"], tmp_path)
+    assert status == 0 and log.count("warning") == 1 and "summary.json is damaged" in log, log
+    assert outcome(directory) == reference("critical")
 
 
-QUICK = "--device cpu --dataset digits --model ResNet20 --batchsize 1437 --max_steps 1 --name q"
+def test_the_state_of_a_run_is_known_without_torch(tmp_path, monkeypatch):
+    code = "import training.record, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    argv = [str(word) for word in [*BASE, *MODES["critical"]]]
+    assert run_state(arguments.parse(argv)) == "new"
+    assert child.run(argv, tmp_path)[0] == 0
+    assert run_state(arguments.parse(argv)) == "not_reached"
+    assert run_state(arguments.parse([*argv, "--max_steps", "500"])) == "unfinished"
+    assert run_state(arguments.parse([*argv, "--eps", "0.5"])) == "unfinished"
+    with pytest.raises(UserError, match="beyond --max_steps 99"):
+        run_state(arguments.parse([*argv, "--max_steps", "99"]))
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
-def test_closed_streams(closed, tmp_path):
-    """The next file opened must not get their numbers, and what is printed there."""
-    command = f"{sys.executable} {ROOT / 'main.py'} {QUICK}"
-    done = subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=tmp_path, timeout=PATIENCE, check=False)
-    assert done.returncode == 0 and summary(tmp_path / "runs" / "q")["status"] == "finished"
-    assert (tmp_path / "runs" / "q" / ".lock").read_bytes() == b""
+def test_rows_and_norms_grow_and_are_cut_back(tmp_path):
+    checked = []
+    rows = Rows(tmp_path / "rows.csv", lambda: checked.append(True), ("steps", "delta", "layer"))
+    norms = Norms(tmp_path / "norms.f32", lambda: checked.append(True))
+    assert rows.rows() == [] and norms.norms().size == 0
+    rows.append_row({"steps": 1, "layer": "all"})
+    size = rows.size
+    rows.append_row({"layer": "a, b", "delta": 0.1 + 0.2, "steps": 2})
+    assert (tmp_path / "rows.csv").read_text() == 'steps,delta,layer\n1,,all\n2,0.30000000000000004,"a, b"\n'
+    with pytest.raises(ValueError, match="oops"):
+        rows.append_row({"oops": 1})
+    norms.append_norms(np.array([1.5, 2.5]))
+    assert len(checked) == 3 and norms.norms().tolist() == [1.5, 2.5]
+    again = Rows(tmp_path / "rows.csv", lambda: None, rows.names)
+    again.cut(size)
+    again.append_row({"steps": 3})
+    assert [row["steps"] for row in again.rows()] == ["1", "3"]
+    with pytest.raises(UserError, match="holds 8 bytes, the checkpoint counts on 12"):
+        norms.cut(12)
+    norms.cut(0)
+    assert not (tmp_path / "norms.f32").exists()
 
 
-@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-def test_a_stdout_that_is_not_utf8(env, tmp_path):
-    argv = [*QUICK.split(), "--runs_dir", "ün-ε"]
-    done = run_main(*argv, cwd=tmp_path, env=env | {"PYTHONCOERCECLOCALE": "0"}, device=None)
-    assert done.returncode == 0 and "finished after 1 steps" in done.stdout and done.stderr == "", done
+def test_every_file_has_the_declared_columns():
+    header, *rows = reference("sampling")["measurements.csv"].decode().splitlines()
+    assert header.split(",") == list(MEASUREMENTS) and [row.split(",")[0] for row in rows] == ["0", "100", "310"]
+    assert all(tuple(reference(mode)["metrics.csv"][0]) == METRICS[:-1] for mode in MODES)
 
 
-def test_a_signal_after_the_end_is_not_swallowed():
-    """Once all is written, one SIGTERM ends the process: wandb may hang."""
-    import utils
-
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        utils.Signals().forget()
-        assert {signal.getsignal(s) for s in before} == {signal.SIG_DFL}
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-"])
+def test_printing_never_fails(closed, tmp_path):
+    """Not where stdout knows no ε, nor where a stream is closed: the next file opened must not get its number."""
+    code = "import utils; utils.usable_streams(); f = open('opened', 'w'); print('ε'); f.write(str(f.fileno() > 2))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", f'{sys.executable} -c "{code}" {closed}']
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stderr == b"" and (tmp_path / "opened").read_text() == "True"

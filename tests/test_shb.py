@@ -32,14 +32,13 @@ def make(name, x, lr=0.03, beta=0.9, nu=None):
     return OPTIMIZERS[name](x, lr=lr, **options, **({} if nu is None else {"nu": nu}))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize(("name", "nu"), [(name, None) for name in OPTIMIZERS] + [("qhm", v) for v in (0.0, 0.7, 1.0)])
-def test_follows_the_formula_for_1000_steps(name, nu, beta, seed):
-    x, twin = params(seed), [p.detach().clone() for p in params(seed)]
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize(("name", "nu"), [(name, None) for name in OPTIMIZERS] + [("qhm", 0.7)])
+def test_follows_the_formula_for_300_steps(name, nu, beta):
+    x, twin = params(0), [p.detach().clone() for p in params(0)]
     m = [torch.zeros_like(p) for p in twin]
     optimizer = make(name, x, beta=beta, nu=nu)
-    for t in range(1000):
+    for t in range(300):
         for p, g in zip(x, gradients(x, t), strict=True):
             p.grad = g
         for i, g in enumerate(gradients(twin, t)):
@@ -50,11 +49,10 @@ def test_follows_the_formula_for_1000_steps(name, nu, beta, seed):
         torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("beta", [0.5, 0.9])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_equals_torch_sgd_for_1000_steps(name, beta):
+def test_equals_torch_sgd_for_1000_steps(name):
     """QHM with ν = β is Nesterov's momentum, normalized."""
-    lr = 0.05
+    lr, beta = 0.05, 0.9
     x, twin = params(3), params(3)
     optimizer = make(name, x, lr, beta, nu=beta if name == "qhm" else None)
     torch_lr, torch_beta = {"sgd": (lr, 0), "shb": (lr, beta)}.get(name, (lr * (1 - beta), beta))
@@ -174,32 +172,16 @@ def test_state_dict_in_mid_run_goes_on_bit_for_bit(name, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("cls", OPTIMIZERS.values())
-def test_refuses_a_bad_lr(cls, value):
-    with pytest.raises(ValueError, match="lr"):
-        cls(params(0), lr=value)
-    with pytest.raises(ValueError, match="lr"):
-        cls([{"params": params(0), "lr": value}], lr=0.1)
+BAD = [("lr", value) for value in (-0.1, float("nan"), float("inf"))]
+BAD += [("momentum", value) for value in (-0.1, 1.0, float("nan"))] + [
+    ("nu", value) for value in (-0.1, 1.1, float("nan"))
+]
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan")])
-@pytest.mark.parametrize("cls", [SHB, NSHB, QHM])
-def test_refuses_a_bad_momentum(cls, value):
-    with pytest.raises(ValueError, match="momentum"):
-        cls(params(0), momentum=value)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_refuses_a_bad_nu(value):
-    with pytest.raises(ValueError, match="nu must be in"):
-        QHM(params(0), nu=value)
-
-
-def test_lr_zero_is_allowed_and_moves_nothing():
-    x = params(0)
-    before = [p.detach().clone() for p in x]
-    for p, g in zip(x, gradients(x, 0), strict=True):
-        p.grad = g
-    SHB(x, lr=0.0).step()
-    assert all(torch.equal(p, q) for p, q in zip(x, before, strict=True))
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_refuses_what_is_out_of_range(key, value):
+    for cls in {"lr": [SGD, SHB, NSHB, QHM], "momentum": [SHB, NSHB, QHM], "nu": [QHM]}[key]:
+        with pytest.raises(ValueError, match=f"{key} must be"):
+            cls(params(0), **{key: value})
+        with pytest.raises(ValueError, match=f"{key} must be"):
+            cls([{"params": params(0), key: value}])

@@ -1,0 +1,75 @@
+"""From the rows of runs to means over seeds: each trajectory once, min and max, and 95 % t intervals."""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from arguments import OPTIMIZERS
+from report.records import CURVE
+
+POINT = ["curve", "b", "seed"]  # a trajectory
+PLACE = [*POINT, "batchnorm", "steps", "batch_size", "layer"]  # where on it something is measured
+MEASUREMENT = [*CURVE, "b", "full_grad_batchsize", "batchnorm", "steps", "epoch"]  # what seeds are averaged at
+
+
+def longest(runs):
+    """Return one run a trajectory, the one with the most steps: a shorter one only repeats its beginning."""
+    kept = runs.sort_values("steps", ascending=False, kind="stable").drop_duplicates(POINT)
+    return kept.sort_index()
+
+
+def measured(rows, quantity):
+    """Return the whole rows of `records.measurements` that hold `quantity`, once a trajectory and place.
+
+    Of two runs of one trajectory the row from more draws stays; no row is put together from both.
+    """
+    known = rows.dropna(subset=quantity).sort_values("draws", ascending=False, kind="stable")
+    return known.drop_duplicates(PLACE).sort_index()
+
+
+def own(rows):
+    """Return the rows about the whole vector and batches of the size that training takes."""
+    return rows[(rows["layer"] == "all") & (rows["batch_size"] == rows["b"])]
+
+
+def over_seeds(rows, key, quantities):
+    """Return one row a `key`, rows in which a seed stands once: seeds, draws, and of each quantity six.
+
+    NAME_mean, NAME_min, NAME_max over seeds; NAME_low, NAME_high: 95 % t interval of the mean. Its standard error,
+    NAME_se, is that of the seeds' values. Of one seed it is the error of its draws, with t over draws − 1, or of
+    random vectors as many; without one there is no interval. Draws: the fewest of any seed.
+    """
+    order = {name: i for i, name in enumerate(OPTIMIZERS)}
+    groups = rows.assign(order=rows["optimizer"].map(order)).groupby(["order", *key], dropna=False)
+    table = pd.DataFrame({"seeds": groups["seed"].nunique()})
+    if "draws" in rows:
+        table["draws"] = groups["draws"].min()
+    for name in quantities:
+        values, count = groups[name], groups[name].count()
+        error, freedom = values.std() / np.sqrt(count), count - 1
+        if f"{name}_se" in rows:
+            error = error.where(count > 1, groups[f"{name}_se"].first())
+            freedom = freedom.where(count > 1, table["draws"] - 1)
+        half = error * stats.t.ppf(0.975, freedom.where(freedom > 0))
+        mean = values.mean()
+        found = {"mean": mean, "min": values.min(), "max": values.max(), "se": error}
+        found |= {"low": mean - half, "high": mean + half}
+        table = table.join(pd.DataFrame(found).add_prefix(f"{name}_"))
+    return table.reset_index().drop(columns="order")
+
+
+def at_common(rows, by=("steps", "epoch")):
+    """Return (the rows at one event, its name): the last that nine in ten settings share of those most share.
+
+    rows: with the columns `by`, of which the first is preferred where both are shared by as many. A setting is a
+    curve and b. Nothing is compared before the first update.
+    """
+    best = (0, None, None)
+    for column in by:
+        settings = rows[rows["steps"] > 0].drop_duplicates(["curve", "b", column]).groupby(column).size()
+        if len(settings) and settings.max() > best[0]:
+            best = (settings.max(), column, settings[settings >= 0.9 * settings.max()].index.max())
+    _, column, value = best
+    if column is None:
+        return rows[:0], ""
+    return rows[rows[column] == value], f"{'epoch' if column == 'epoch' else 'step'} {value:,g}"

@@ -1,0 +1,329 @@
+"""The training step and the loop around it, common to the three experiments, and what a checkpoint holds."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import models
+import shb
+from arguments import ENDLESS, OPTIMIZERS
+from measure.draws import isotropic
+from measure.gradients import gradient_norm, unchanged
+from models.recomputed import save_memory
+from training.data import INJECTING, Data
+from training.graphed import Graphed
+from training.measuring import Measuring
+from training.record import Record
+from training.stopping import running_sums
+from utils import Signals
+
+WINDOW = 200  # steps between two readings of the device, at most
+
+
+@dataclass
+class Window:
+    """What consecutive steps measured: arrays with one entry a step.
+
+    steps: their numbers, from 1. losses: mean cross-entropy of the mini-batch, before the update. norms: ‖g_t‖
+    over all parameters. hits: inputs classified correctly. sizes: inputs in the mini-batch.
+    """
+
+    steps: np.ndarray
+    losses: np.ndarray
+    norms: np.ndarray
+    hits: np.ndarray
+    sizes: np.ndarray
+
+    def part(self, start: int, stop: int) -> "Window":
+        """The steps after number `start`, up to and including number `stop`."""
+        at = slice(*np.searchsorted(self.steps, [start, stop], side="right"))
+        return Window(self.steps[at], self.losses[at], self.norms[at], self.hits[at], self.sizes[at])
+
+
+@dataclass
+class Sums:
+    """What has been added up over steps, of a run or of an epoch: plain numbers, for they go into checkpoints."""
+
+    steps: int = 0
+    inputs: int = 0
+    loss: float = 0.0  # of each input
+    hits: float = 0.0
+    norm: float = 0.0
+    max_norm: float = 0.0
+
+    def plus(self, window: Window) -> "Sums":
+        """These sums and the steps of a window."""
+        if not window.steps.size:
+            return replace(self)
+        return Sums(
+            self.steps + len(window.steps),
+            self.inputs + int(window.sizes.sum()),
+            self.loss + float(window.losses @ window.sizes),
+            self.hits + float(window.hits.sum()),
+            float(running_sums(window.norms, self.norm)[-1]),
+            max(self.max_norm, float(window.norms.max())),
+        )
+
+
+def evaluation_interval(epoch: int) -> int:
+    """Epochs from one evaluation to the next: 1 up to epoch 200, 2 up to 400, 4 up to 800, and so on (ours)."""
+    return 1 << max(0, (epoch // 100).bit_length() - 1)
+
+
+class Training:
+    """Everything of a run that moves, and so everything that a checkpoint holds.
+
+    step: updates made. total, epoch: sums over the steps counted, of the run and of its present epoch. results: of
+    the experiment, plain values. outcome: how it has ended, see `stop`. diverged_at: number of the first step whose
+    loss or gradient is not finite.
+    """
+
+    def __init__(self, args: Namespace, data: Data, record: Record | None, signals: Signals | None):
+        self.args, self.data, self.record = args, data, record
+        self.check_signals = signals.check if signals else lambda: None
+        torch.manual_seed(args.seed)
+        self.model = models.build(args.model, data.spec.classes).to(data.device, memory_format=data.layout)
+        if args.save_memory:
+            save_memory(self.model)
+        self.params = list(self.model.parameters())
+        options = {name: getattr(args, flag) for name, flag in OPTIMIZERS[args.optimizer].items()}
+        self.optimizer = getattr(shb, args.optimizer.upper())(self.params, lr=args.lr, **options)
+        self.train_step = self.eager_step
+        if args.cuda_graph:
+            self.train_step = Graphed(self.eager_step, self.model, self.optimizer, args.batchsize)
+        self.steps_per_epoch = -(-data.size // args.batchsize)
+        self.step, self.last, self.earliest_end = 0, ENDLESS, None
+        self.total, self.epoch, self.results, self.evaluated = Sums(), Sums(), {}, {}
+        self.outcome, self.diverged_at = None, None
+        self.window = []  # of each step since the last row: loss, ‖g_t‖, hits, still on the device
+        self.measuring = Measuring(self)
+        self.next_checkpoint = time.monotonic() + args.checkpoint_every
+
+    # --- the loop ---
+
+    def windows(self, last: int, earliest_end: Callable[[], int] | None = None) -> Iterator[Window]:
+        """Train up to step `last`, giving what was measured since the last row each time the device is read.
+
+        That is every WINDOW steps, at the end of an epoch, at the steps to measure ω at, and at `last`; nothing waits
+        for the device in between. earliest_end: names a step before which the experiment cannot end; there it is read
+        too. A loss or gradient that is not finite ends the run, with the window cut before that step.
+
+        The caller decides with each window whether to evaluate and whether to `stop`. Then, where a row is due, ω is
+        measured, the window counted and the row logged. A signal before that leaves the window uncounted in the
+        checkpoint, and all of it is done again on resuming.
+        """
+        self.last, self.earliest_end = last, earliest_end
+        if self.step == 0 and self.measuring.due():
+            self._log(None, self.measuring.measure())
+        next_reading = self._next_reading(self.step - 1 if self.window else self.step)
+        if self.window and self.step >= next_reading:  # stopped between a window's last step and its row
+            yield from self._read()
+            next_reading = self._next_reading(self.step)
+        while self.step < self.last and not self.outcome:
+            epoch, start = divmod(self.step, self.steps_per_epoch)
+            for x, y in self.data.epoch(epoch, self.args.batchsize, start):
+                self._advance(x, y)
+                if self.step >= next_reading:
+                    yield from self._read()
+                    if self.step >= self.last or self.outcome:
+                        break
+                    next_reading = self._next_reading(self.step)
+
+    def _advance(self, x: Tensor, y: Tensor) -> None:
+        self.measuring.before_step()
+        self.window.append(self.train_step(x, y))
+        self.step += 1
+        if self.record:
+            self.record.bar.update()
+        self.check_signals()
+        if time.monotonic() >= self.next_checkpoint:
+            self.save()
+
+    def _next_reading(self, step: int) -> int:
+        epoch = step // self.steps_per_epoch + 1
+        interval = 1 if self.args.until_loss else evaluation_interval(epoch)
+        epoch_end = -(-epoch // interval) * interval * self.steps_per_epoch
+        points = [(step // WINDOW + 1) * WINDOW, epoch_end, self.measuring.next_after(step), self.last]
+        if self.earliest_end:
+            points.append(max(step + 1, self.earliest_end()))
+        return min(points)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an epoch that is to be evaluated, or the run, ends at the present step."""
+        epoch, left = divmod(self.step, self.steps_per_epoch)
+        return self.step >= self.last or (left == 0 and epoch % evaluation_interval(epoch) == 0)
+
+    def _read(self) -> Iterator[Window]:
+        window = self._window()
+        bad = np.flatnonzero(~np.isfinite(window.losses + window.norms))
+        if bad.size:
+            self.stop("diverged", int(window.steps[bad[0]]))
+            window = window.part(0, self.diverged_at - 1)
+        elif self.step >= self.last:
+            # From before the last window is counted: taken up again for more, a run goes on as one that had been
+            # asked for all of it at once.
+            self.save()
+        if window.steps.size:
+            yield window
+        due = self.outcome != "diverged" and self.measuring.due()
+        if not (self.outcome or due or self.evaluation_due or self.step % WINDOW == 0):
+            return
+        measured = self.measuring.measure() if due else []
+        if window.steps.size:
+            self._count(window)
+            self._log(window, measured)
+        self.window = []
+
+    def _window(self) -> Window:
+        columns = [torch.stack(column).float() for column in zip(*self.window, strict=True)]
+        losses, norms, hits = torch.stack(columns).cpu().double().numpy()
+        steps = np.arange(self.step - len(self.window) + 1, self.step + 1)
+        left_over = self.data.size - (self.steps_per_epoch - 1) * self.args.batchsize
+        sizes = np.where(steps % self.steps_per_epoch == 0, left_over, self.args.batchsize)
+        return Window(steps, losses, norms, hits, sizes)
+
+    def _count(self, window: Window) -> None:
+        """Add a window to the sums and its norms to the history. From here on a checkpoint holds it as done."""
+        self.epoch, self.total = self.epoch_with(window), self.total.plus(window)
+        if self.record:
+            self.record.norms.append_norms(window.norms)
+
+    def epoch_with(self, window: Window) -> Sums:
+        """Sums over the epoch of the window's last step, up to that step."""
+        end = int(window.steps[-1])
+        start = (end - 1) // self.steps_per_epoch * self.steps_per_epoch
+        before = self.epoch if window.steps[0] - 1 > start else Sums()
+        return before.plus(window.part(start, end))
+
+    def stop(self, outcome: str, diverged_at: int | None = None) -> None:
+        """End the run at the present step, its window not yet counted: the only way to end before `last`.
+
+        outcome: `finished` or `diverged`, as in summary.json.
+        """
+        self.outcome, self.diverged_at = outcome, diverged_at
+        self.save()
+
+    # --- a step ---
+
+    def eager_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One update on inputs x (b, …) and labels y (b,); loss, ‖g_t‖ and hits, still on the device."""
+        self.optimizer.zero_grad()
+        with self.autocast():
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
+        loss.backward()
+        norm = gradient_norm([p.grad for p in self.params])
+        self.update()
+        return loss.detach(), norm, (logits.argmax(1) == y).sum()
+
+    def update(self) -> None:
+        """x ← x − η (d_t + u_t), with the gradients now held; u_t is the noise of --injected_noise."""
+        self.optimizer.step()
+        if self.args.injected_noise:
+            self.inject()
+
+    @torch.no_grad()
+    def inject(self) -> None:
+        """x ← x − η u_t, for what a step moves. Momentum never sees u_t."""
+        moved = [p for p in self.params if p.grad is not None]
+        u = isotropic(moved, self.args.injected_noise, self.noise_generator())
+        torch._foreach_add_(moved, u, alpha=-self.args.lr)
+
+    def noise_generator(self, *draw: int) -> torch.Generator:
+        """That of u_t, at the present step, or of the u of a draw there, by its number from 1 on."""
+        return self.data.generator(INJECTING, self.step, *draw)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of forward passes: bfloat16 where that is safe under --precision bf16, else untouched."""
+        bf16 = self.args.precision == "bf16"
+        return torch.autocast(self.data.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The mini-batch that the next step takes."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        return next(self.data.epoch(epoch, self.args.batchsize, start))
+
+    # --- evaluating and logging ---
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """`accuracy` (%) and mean `test_loss` of the test data, in evaluation mode. A loss not finite ends the run."""
+        if self.evaluated.get("steps") != self.step:
+            totals = torch.zeros(2, device=self.data.device)
+            with unchanged(self.model, training=False), self.autocast():
+                for x, y in self.data.test(min(max(self.args.batchsize, 100), 1000)):
+                    self.check_signals()
+                    logits = self.model(x).float()
+                    loss = F.cross_entropy(logits, y, reduction="sum")
+                    totals += torch.stack([(logits.argmax(1) == y).sum(), loss])
+            hits, loss = totals.tolist()
+            n = len(self.data.y_test)
+            self.evaluated = {"steps": self.step, "accuracy": 100 * hits / n, "test_loss": loss / n}
+            if not np.isfinite(loss):
+                self.stop("diverged", self.step + 1)
+        return {name: self.evaluated[name] for name in ("accuracy", "test_loss")}
+
+    def _log(self, window: Window | None, measured: list[dict]) -> None:
+        """One row of metrics.csv (none before the first step), and what was measured at the present step."""
+        if self.record is None:
+            return
+        if window is None:
+            self.record.log(None, measured, say=False)
+            return
+        end = int(window.steps[-1])
+        row = {
+            "steps": end,
+            "epoch": end / self.steps_per_epoch,
+            "training_loss": self.epoch.loss / self.epoch.inputs,
+            "training_acc": 100 * self.epoch.hits / self.epoch.inputs,
+            "g-norm": float(window.norms.mean()),
+            "min_g-norm": float(window.norms.min()),
+            "max_g-norm": float(window.norms.max()),
+            "ave-norm": self.total.norm / self.total.steps,
+        }
+        evaluated = self.evaluated if self.evaluated.get("steps") == end and self.outcome != "diverged" else {}
+        row |= {name: evaluated.get(name) for name in ("accuracy", "test_loss")}
+        self.record.log(row, measured, say=self.evaluation_due or self.outcome is not None)
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint. An epoch's permutation and augmentation follow from the seed and the step alone."""
+        if self.record is None:
+            return
+        cuda = [torch.cuda.get_rng_state(self.data.device)] if self.data.device.type == "cuda" else []
+        window = [torch.stack(column).float() for column in zip(*self.window, strict=True)]
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "window": torch.stack(window, 1).cpu() if window else torch.zeros(0, 3),
+            "random": [torch.get_rng_state(), *cuda],
+            "step": self.step,
+            "total": asdict(self.total),
+            "epoch": asdict(self.epoch),
+            "results": self.results,
+            "measuring": self.measuring.state_dict(),
+        }
+        self.record.save_checkpoint(content)
+        self.next_checkpoint = time.monotonic() + self.args.checkpoint_every
+
+    def load(self, content: dict) -> None:
+        """Go back to where `save` was called."""
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.window = [row.unbind() for row in content["window"].to(self.data.device)]
+        torch.set_rng_state(content["random"][0])
+        for state in content["random"][1:]:
+            if self.data.device.type == "cuda":
+                torch.cuda.set_rng_state(state, self.data.device)
+        self.step, self.results = content["step"], content["results"]
+        self.total, self.epoch = Sums(**content["total"]), Sums(**content["epoch"])
+        self.measuring.load_state_dict(content["measuring"])

@@ -1,0 +1,241 @@
+"""What is measured at a step, in any mode, and its rows of measurements.csv (docs/measuring.md)."""
+
+import time
+from argparse import Namespace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from arguments import ENDLESS, OPTIMIZERS, measures, planned_steps
+from measure.draws import augmentation, flat
+from measure.gradients import VALUE, Objective
+from measure.noise import batch_noise, budget
+from measure.optimizers import ExactMemory, affine
+from measure.quantities import INDEX
+from measure.shape import shape
+from measure.sharpness import PROBES, PRODUCT, QUADRATIC, sharpness
+from measure.smoothing import smoothing
+from training.data import PROBING, SMOOTHING
+from training.record import MEASUREMENTS
+
+if TYPE_CHECKING:
+    from training.loop import Training
+
+PROBE_CHUNK = 250  # probe images at once: a product with the Hessian holds several times what a gradient does
+BATCHES = 32  # mini-batches for batch sharpness, and displacements for average sharpness, in mirrored pairs
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Measuring:
+    """Measures ω_t of one run at the steps that its arguments name, before the update of that step.
+
+    `sampling`: at --steps. Else with --measure_every E: at step 0, once in every E epochs, at the end. The k-th of
+    these lies at the fraction kφ mod 1 of its E epochs, φ the golden ratio: what momentum holds depends on the
+    position in the epoch (docs/measuring.md), so that a fixed one would show only itself.
+    """
+
+    def __init__(self, run: "Training"):
+        self.run, self.args, self.on = run, run.args, measures(run.args)
+        self.memory = ExactMemory(Objective(run.model), run.optimizer) if self.on and run.args.exact_memory else None
+        self.fed = -1  # the last step whose full gradient the exact memory has taken in
+
+    # --- when ---
+
+    def due(self) -> bool:
+        """Whether the present step is one to measure at; a run's last always is."""
+        step = self.run.step
+        begins, ended = step == 0 and self.args.mode != "sampling", self.run.outcome == "finished"
+        return self.on and (begins or ended or step >= self.run.last or self.next_after(step - 1) == step)
+
+    def next_after(self, step: int) -> int:
+        """The first step after `step` to measure at, as far as it is known beforehand."""
+        if not self.on:
+            return ENDLESS
+        if self.args.mode == "sampling":
+            return min((at for at in self.args.steps if at > step), default=ENDLESS)
+        spacing = self.args.measure_every * self.run.steps_per_epoch
+        k = max(1, int(step / spacing))
+        while (at := int((k - 1 + k * GOLDEN % 1) * spacing)) <= step:
+            k += 1
+        return at
+
+    def before_step(self) -> None:
+        """Take in ∇f(x_t) for --exact_memory K, in the K steps before one to measure at."""
+        if self.memory is None or self.next_after(self.run.step) - self.run.step > self.args.exact_memory:
+            return
+        run = self.run
+        if self.fed != run.step - 1:
+            self.memory = ExactMemory(Objective(run.model), run.optimizer)
+        objective = Objective(run.model, between=lambda images: run.check_signals())
+        with run.autocast():
+            chunks = run.data.full_pass(run.step, self.args.full_grad_batchsize)
+            self.memory.add(objective.full_gradient(chunks, run.data.size))
+        self.fed = run.step
+
+    # --- what ---
+
+    def measure(self) -> list[dict]:
+        """Rows of measurements.csv at the present x_t; none, and the run ends, if ω is not finite.
+
+        The numbers of the training batch size become results of the run.
+        """
+        run, rows = self.run, []
+        evaluated = run.evaluate()
+        progress = Progress(run, self.cost())
+        try:
+            for mode in self.args.measure_batchnorm:
+                objective = Objective(run.model, training=mode == "train", between=progress.before)
+                found = self._measure_in(objective, mode)
+                if found is None:
+                    run.stop("diverged", run.step + 1)
+                    return []
+                rows += found
+        finally:
+            progress.bar.close()
+        head = {"steps": run.step, "epoch": run.step / run.steps_per_epoch}
+        rows = [dict.fromkeys(MEASUREMENTS) | head | row | evaluated for row in rows]
+        own = next(row for row in rows if row["batch_size"] == self.args.batchsize)
+        run.results |= {key: value for key, value in own.items() if key not in INDEX and value is not None}
+        return rows
+
+    def _measure_in(self, objective: Objective, mode: str) -> list[dict] | None:
+        """As `measure`, in one of BatchNorm's modes."""
+        run, args, data = self.run, self.args, self.run.data
+        known = {"renamed": self._renamed()}
+        if args.injected_noise:
+            known["injected"] = (args.injected_noise, run.noise_generator)
+        with run.autocast():
+            full = objective.full_gradient(data.full_pass(run.step, args.full_grad_batchsize), data.size)
+            own, omega = batch_noise(objective, run.optimizer, run.next_batch(), full, **known)
+        if not np.isfinite(own["noise_norm"]):
+            return None
+        if args.mode == "sampling" and run.step == planned_steps(args) and mode == args.measure_batchnorm[0]:
+            run.record.save_omega(omega.numpy(), run.step)
+        own["draws"] = 1
+        kept, found = [], {}
+        for b in {args.batchsize, *args.draw_batchsizes} if args.measure else ():
+            if b == args.batchsize and {"shape", "smoothing"} & set(args.measure):
+                known["keep"] = kept.append
+            with run.autocast():
+                draws = data.draws(run.step, b, args.draws)
+                found[b] = budget(objective, run.optimizer, full, draws, data.size, **known)
+            known.pop("keep", None)
+        own |= found.pop(args.batchsize, {}) | self._augmentation(objective)
+        if self.memory is not None and objective.training and self.fed == run.step - 1:
+            own |= self.memory.split(full)
+        shapes = self._shape(objective, kept, full) if "shape" in args.measure else {"all": {}}
+        own |= shapes.pop("all") | self._landscape(objective, kept, full, own["delta"])
+        found[args.batchsize] = own
+        layers = [{"batch_size": args.batchsize, "layer": layer} | numbers for layer, numbers in shapes.items()]
+        rows = [{"batch_size": b, "layer": "all"} | numbers for b, numbers in sorted(found.items())]
+        return [{"batchnorm": mode} | row for row in rows + layers]
+
+    def _renamed(self) -> dict[str, float]:
+        """SHB at η is NSHB at η/(1 − β): η′/η of the two names, under which one trajectory has two δ."""
+        beta = self.args.beta1
+        ratios = {"shb": (1.0, 1 / (1 - beta)), "nshb": (1 - beta, 1.0)}.get(self.args.optimizer, ())
+        return dict(zip(("delta_as_shb", "delta_as_nshb"), ratios, strict=False))
+
+    def _augmentation(self, objective: Objective) -> dict:
+        """Augmentation's part of the variance, at the batch size of training."""
+        pairs = augmentation_pairs(self.run)
+        if not pairs:
+            return {}
+        with self.run.autocast():
+            batches = self.run.data.augmented_pairs(self.run.step, self.args.batchsize, pairs)
+            return augmentation(objective, batches)
+
+    def _shape(self, objective: Objective, kept: list[Tensor], full: list[Tensor]) -> dict[str, dict]:
+        """The shape of the noise over the draws `kept`: of the whole vector, and of each layer."""
+        named = [(name.rpartition(".")[0], p) for name, p in self.run.model.named_parameters() if p.requires_grad]
+        layers = {layer: sum(p.numel() for _, p in group) for layer, group in groupby(named, key=lambda pair: pair[0])}
+        directions = {}
+        if OPTIMIZERS[self.args.optimizer]:  # SGD has no memory
+            directions["memory"] = flat(affine(self.run.optimizer, objective.params)[1])
+        return shape(kept, flat(full), directions, layers, objective.between)
+
+    def _landscape(self, objective: Objective, kept: list[Tensor], full: list[Tensor], delta: float) -> dict:
+        """Smoothing and sharpness. Not under autocast: bfloat16 rounds by more than isotropic noise moves the loss."""
+        run, args, found = self.run, self.args, {}
+        if not {"smoothing", "sharpness"} & set(args.measure):
+            return found
+        probe = list(run.data.probe(args.probe_images, PROBE_CHUNK))
+        found["probe_images"] = args.probe_images
+        if "smoothing" in args.measure:
+            injected = args.injected_noise
+            generator = run.data.generator(SMOOTHING, run.step)
+            found |= smoothing(objective, probe, run.optimizer, full, kept, generator, injected)
+        if "sharpness" in args.measure:
+            batches = run.data.draws(run.step, args.batchsize, BATCHES)
+            generator = run.data.generator(PROBING, run.step)
+            found |= sharpness(objective, probe, batches, delta, BATCHES // 2, generator)
+        return found
+
+    def cost(self) -> float:
+        """What a measurement costs, in images forward and backward, but for the test images."""
+        args, cost = self.args, self.run.data.size + 0.0
+        if args.measure:
+            cost += args.draws * sum({args.batchsize, *args.draw_batchsizes})
+            cost += 2 * augmentation_pairs(self.run) * args.batchsize + landscape_cost(args)
+        return len(args.measure_batchnorm) * cost
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict:
+        """What the exact memory holds."""
+        return {"fed": self.fed, "shadow": self.memory.shadow.state_dict()} if self.memory else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to where `state_dict` was called."""
+        if state and self.memory:
+            self.fed = state["fed"]
+            self.memory.shadow.load_state_dict(state["shadow"])
+
+
+def augmentation_pairs(run: "Training") -> int:
+    """How many pairs of batches tell augmentation's part of the variance: one for four draws of --draw_batchsizes."""
+    return run.args.draws // 4 if run.args.draw_batchsizes and run.data.spec.augmented else 0
+
+
+def landscape_cost(args: Namespace) -> float:
+    """As `Measuring.cost`, of smoothing and sharpness."""
+    cost = 0.0
+    if "smoothing" in args.measure:
+        cost += args.probe_images * (VALUE * 3 * (args.draws + 1) + QUADRATIC * (args.draws // 2 + PROBES))
+    if "sharpness" in args.measure:
+        products = 30  # with the Hessian until λ_max is known, about
+        cost += args.probe_images * (VALUE * (BATCHES + 1) + QUADRATIC * PROBES + PRODUCT * products)
+        cost += PRODUCT * BATCHES * args.batchsize
+    return cost
+
+
+class Progress:
+    """How far a measurement has come, in images: a bar on a terminal. Answers signals between passes.
+
+    When the first pass has been timed, it says how long the whole will take, if that is more than a minute.
+    """
+
+    def __init__(self, run: "Training", images: float):
+        self.run, self.images, self.done, self.told = run, images, 0.0, False
+        self.started, silent = time.monotonic(), run.record is None or run.record.bar.disable
+        self.bar = tqdm(total=round(images), desc=f"step {run.step}", unit="image", leave=False, disable=silent)
+
+    def before(self, images: float) -> None:
+        """To be called before every pass over so many images."""
+        self.run.check_signals()
+        if self.done and not self.told:
+            self._tell()
+        self.done += images
+        self.bar.update(round(images))
+
+    def _tell(self) -> None:
+        self.told = True
+        minutes = (time.monotonic() - self.started) / self.done * self.images / 60
+        if minutes > 1:
+            with tqdm.external_write_mode():
+                print(
+                    f"measuring at step {self.run.step}: {self.images:,.0f} images, {minutes:.0f} minutes", flush=True
+                )

@@ -1,0 +1,63 @@
+"""When a run has reached ε (paper, section 2, mode critical). No torch: report/ reads records with it."""
+
+import numpy as np
+
+
+def running_means(norms: np.ndarray, total: float = 0.0, steps: int = 0) -> np.ndarray:
+    """The mean of ‖g_t‖ over all steps since the first, after each step of `norms`, in float64.
+
+    norms: ‖g_t‖ of consecutive steps. total, steps: sum and number of the norms before them. O(1) a step.
+    """
+    return running_sums(norms, total) / np.arange(steps + 1, steps + len(norms) + 1)
+
+
+def running_sums(norms: np.ndarray, total: float = 0.0) -> np.ndarray:
+    """The sum of all ‖g_t‖ after each step, added one by one in float64, so that no grouping changes its bits."""
+    return np.cumsum(np.append(total, norms), dtype=np.float64)[1:]
+
+
+def first_crossing(means: np.ndarray, first: int, eps: float, first_check: int) -> int | None:
+    """The first step, not before `first_check`, at which the running mean is at most ε; None if there is none.
+
+    means: of consecutive steps, beginning with step number `first`.
+    """
+    start = max(0, first_check - first)
+    below = np.flatnonzero(means[start:] <= eps)
+    return first + start + int(below[0]) if below.size else None
+
+
+def first_check(min_epochs: int, steps_per_epoch: int) -> int:
+    """The step at which the check starts: once `min_epochs` passes over the data are complete."""
+    return max(1, min_epochs * steps_per_epoch)
+
+
+class StoppingRule:
+    """Follows the running mean of a run step by step; `reached` is {ε as text: first step, or None}.
+
+    every_eps: thresholds. check: the step at which the check starts, as `first_check` has it.
+    """
+
+    def __init__(self, every_eps: list[float], check: int):
+        self.every_eps, self.check, self.total = every_eps, check, 0.0
+        self.reached = {repr(eps): None for eps in every_eps}
+
+    def follow(self, norms: np.ndarray, total: float = 0.0, steps: int = 0) -> bool:
+        """Take in ‖g_t‖ of further steps, of which `steps` with sum `total` went before; whether all ε are reached.
+
+        Steps may be given again.
+        """
+        means = running_means(norms, total, steps)
+        for eps in self.every_eps:
+            if self.reached[repr(eps)] is None:
+                self.reached[repr(eps)] = first_crossing(means, steps + 1, eps, self.check)
+        self.total = float(running_sums(norms, total)[-1]) if len(norms) else total
+        return self.all_reached
+
+    @property
+    def all_reached(self) -> bool:
+        """Whether every ε has been reached."""
+        return None not in self.reached.values()
+
+    def earliest_end(self) -> int:
+        """No step before this one can be the first at which all ε are reached: the sum of ‖g_t‖ never falls."""
+        return max(self.check, int(self.total // min(self.every_eps)))
