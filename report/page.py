@@ -160,7 +160,7 @@ def accuracy(runs):
     rows = records.curves(sound).dropna(subset="accuracy").drop_duplicates([*POINT, "steps"])
     limits = {args["until_loss"] for args in sound["args"]}
     if len(limits) == 1 and limits != {None}:
-        event = f"the fit (training loss < {min(limits):g})"
+        event = f"the fit (loss < {min(limits):g})"
         fit = (rows["training_loss"] < min(limits)) & (rows["epoch"] % 1 == 0)
         rows = rows.assign(unfit=~fit).sort_values(["unfit", "steps"], kind="stable")
         never = rows["unfit"].groupby([rows[key] for key in POINT]).transform("all")

@@ -200,7 +200,7 @@ def omega(table):
             ax.bar(x, height, 0.7, bottom, color=PARTS[part][1], edgecolor="k", lw=0.5, label=PARTS[part][0])
             bottom = bottom + height
         ax.hlines(rows["noise_square_mean"], x - 0.45, x + 0.45, color="k", lw=1.2)
-        ax.set_xticks(x, [f"{step:,}" for step in rows["steps"]])
+        ax.set_xticks(x, [f"{step:,}" for step in rows["steps"]], rotation=45 if len(x) > 5 else 0)
         top = 1.05 * max(bottom.max(), rows["noise_square_mean"].max())
         ax.set(title=name, xlabel=f"{label('steps')}, b = {rows['b'].iloc[0]}", ylim=(0, top))
     axes[0].set_ylabel(label("noise_square"))
@@ -210,22 +210,30 @@ def omega(table):
 
 @styled
 def c_squared(table, event, stars):
-    """Draw C² over the batch size drawn at one event, and over training; ◇ where b* puts it by the formula."""
-    fig, (left, right) = _panels("Is C² the same at every batch size and all through training?", 2, sharey=True)
-    b = table["b"].iloc[0]
+    """Draw C² over training, and over the batch size drawn at one event; ◇ where b* puts it by the formula.
+
+    There is no panel over the batch size where only one was drawn.
+    """
+    b, several = table["b"].iloc[0], table["batch_size"].nunique() > 1
+    title = "Is C² the same at every batch size and all through training?"
+    fig, axes = _panels(title if several else "Is C² the same all through training?", 1 + several, sharey=True)
+    left, right = axes[0], axes[-1]
     for name, look, rows in _curves(table):
-        _interval(left, rows[rows["at_event"]], "batch_size", "c_squared", **look, label=name)
-        _interval(right, rows[rows["batch_size"] == b], "steps", "c_squared", **look)
-        if len(stars):
+        _interval(right, rows[rows["batch_size"] == b], "steps", "c_squared", **look, label=name)
+        if several:
+            _interval(left, rows[rows["at_event"]], "batch_size", "c_squared", **look, label=name)
+        if several and len(stars):
             star = stars[stars["curve"] == rows["curve"].iloc[0]].sort_values("eps").head(1)
             left.plot(star["b_star"], star["c_squared_from_b_star"], "D", mfc="white", color=look["color"])
             for at in zip(star["b_star"], star["c_squared_from_b_star"], strict=True):
                 left.annotate("from b*", at, (5, 3), textcoords="offset points", color=look["color"], fontsize=7)
-    _size_axis(left, [*table["batch_size"], *(stars["b_star"] if len(stars) else [])], f"batch size drawn, at {event}")
+    if several:
+        sizes = [*table["batch_size"], *(stars["b_star"] if len(stars) else [])]
+        _size_axis(left, sizes, f"batch size drawn, at {event}")
     right.set(xlabel=f"{label('steps')}, b = {b}")
     left.set(ylabel=label("c_squared"))
     _log(left)
-    _name_curves(left)
+    _name_curves(right)
     return fig
 
 

@@ -3,6 +3,7 @@
 Also what the tests of records share: three runs, one of each mode, and what must not depend on interruptions.
 """
 
+import atexit
 import csv
 import errno
 import fcntl
@@ -127,9 +128,9 @@ SABOTAGE = {f.__name__: f for f in (signal_at, die_in_write, die_at_rename, wand
     "memory": lambda size: resource.setrlimit(resource.RLIMIT_AS, (in_use() + int(size), resource.RLIM_INFINITY)),
     "no_locks": lambda _: setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))),
     "other_pixels": lambda _: _digits.images.put(0, 9),
-    "threads": lambda n: torch.set_num_threads(int(n)),
+    "torch_version": lambda version: setattr(torch, "__version__", version),
     "nobody": lambda _: os.setgid(65534) or os.setuid(65534),
-    "terminal": lambda _: os.dup2(os.openpty()[1], 0),
+    "terminal": lambda _: setattr(sys, "stdin", os.fdopen(os.dup(1))),  # where the log is one
     "import_from": lambda path: sys.path.insert(0, path),
 }
 
@@ -154,7 +155,9 @@ def _run(argv, directory, sabotage, log_path, env):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(main.run_and_report(args))
+    status = main.run_and_report(args)
+    atexit._run_exitfuncs()  # wandb's too, which multiprocessing would leave out
+    sys.exit(status)
 
 
 # The server that forks looks for what to preload in PYTHONPATH alone, and says nothing if it is not there.

@@ -85,11 +85,12 @@ def test_a_run_measures_at_its_steps_and_its_end_and_never_twice(train, mnist1d_
 
 def test_a_critical_run_is_measured_where_it_ends(train):
     argv = ("--mode", "critical", "--batchsize", 301, "--min_epochs", 0, "--model", "Softmax", "--optimizer", "sgd")
-    _, directory = train(*argv, "--eps", 0.6, 0.7, "--measure_every", 0.5)
+    _, directory = train(*argv, "--eps", 0.6, 0.7, 3.0, "--measure_every", 0.5)
     table, results = rows(directory, "measurements"), summary(directory)["results"]
     assert int(table[-1]["steps"]) == summary(directory)["steps"] == results["steps_to_eps"]["0.6"]
     norms = {int(row["steps"]): float(row["full_gradient_norm"]) for row in table}
-    for eps in ("0.7", "0.6"):
+    assert results["steps_to_eps_full"]["3.0"] == 0
+    for eps in ("3.0", "0.7", "0.6"):
         first = next((step for step, norm in norms.items() if norm <= float(eps)), None)
         before = [step for step in norms if first is None or step < first]
         assert results["steps_to_eps_full"][eps] == first
@@ -123,8 +124,22 @@ def test_omega_is_that_of_the_textbook_loop(train, mnist1d_dir, optimizer, steps
     )
 
 
-def test_delta_and_variance_are_those_of_the_draws(train, mnist1d_dir):
-    argv = ("--mode", "sampling", "--batchsize", 128, "--steps", 20, "--draws", 6, "--draw_batchsizes", 32)
+@pytest.mark.parametrize(("optimizer", "w"), [("shb", 1.0), ("nshb", 0.1)])
+def test_delta_and_variance_are_those_of_the_draws(train, mnist1d_dir, optimizer, w):
+    argv = (
+        "--mode",
+        "sampling",
+        "--optimizer",
+        optimizer,
+        "--batchsize",
+        128,
+        "--steps",
+        20,
+        "--draws",
+        6,
+        "--draw_batchsizes",
+        32,
+    )
     _, directory = train(*argv)
     table = rows(directory, "measurements")
     args = parsed(mnist1d_dir, *argv)
@@ -143,16 +158,19 @@ def test_delta_and_variance_are_those_of_the_draws(train, mnist1d_dir):
     for b in (128, 32):
         row = numbers(table, batch_size=b)
         draws = torch.stack([flat_gradient(*batch) for batch in data.draws(20, b, 6)])
-        norms = (draws + memory - full).norm(dim=1)
+        norms = (w * draws + memory - full).norm(dim=1)
         variance = draws.var(dim=0, unbiased=True).sum().item()
         assert row["draws"] == 6 and row["delta"] == pytest.approx(args.lr * norms.mean().item(), rel=1e-5)
         assert row["delta_se"] == pytest.approx(args.lr * norms.std().item() / 6**0.5, rel=1e-4)
-        as_nshb = 10 * args.lr * (0.1 * (draws + memory) - full).norm(dim=1).mean().item()
-        assert row["delta_as_shb"] == row["delta"] and row["delta_as_nshb"] == pytest.approx(as_nshb, rel=1e-5)
+        other = 0.1 if optimizer == "shb" else 10.0  # d under the other name, and η by its inverse
+        renamed = args.lr / other * (other * (w * draws + memory) - full).norm(dim=1).mean().item()
+        names = ("delta_as_shb", "delta_as_nshb")
+        own, renamed_as = names if optimizer == "shb" else reversed(names)
+        assert row[own] == row["delta"] and row[renamed_as] == pytest.approx(renamed, rel=1e-5)
         assert row["variance"] == pytest.approx(variance, rel=1e-5)
         assert row["c_squared"] == pytest.approx(b * 3999 / (4000 - b) * variance, rel=1e-5)
         assert row["noise_square"] == pytest.approx((norms**2).mean().item(), rel=1e-5)
-        assert row["memory"] == pytest.approx((memory + 0 * full).norm().item() ** 2, rel=1e-5)
+        assert row["memory"] == pytest.approx((memory - (1 - w) * full).norm().item() ** 2, rel=1e-5)
         assert ("noise_norm" in row) == (b == 128)
 
 

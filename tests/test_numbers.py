@@ -1,6 +1,7 @@
 """The numbers of README.md and results/README.md are those of the CSV files in results/."""
 
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -30,6 +31,36 @@ def near(shown, value):
     """Whether a number that is shown is the value, rounded to the digits that are shown."""
     digits = len(f"{shown:.10f}".rstrip("0").split(".")[1])
     return abs(shown - value) <= 0.5000001 * 10**-digits
+
+
+def test_the_quickstart_s_table_is_that_of_its_files(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import quickstart
+
+    quickstart.main(Path("results/quickstart"))
+    text = capsys.readouterr().out
+    assert text == (RESULTS / "quickstart.txt").read_text()
+    for sentence in (
+        "SGD: highest 66.5 % at b = 16, inside the grid",
+        "SHB: highest 68.0 % at b = 128, inside the grid",
+    ):
+        assert sentence in text
+    assert "SGD is best at b = 16 (66.5 %), SHB at b = 128 (68.0 %)" in PAGES["README.md"]
+
+
+def test_sgd_and_nshb_are_level_where_both_fit_and_delta_is_not():
+    rows = pd.read_csv(RESULTS / "quickstart" / "mnist1d_MLP_lr0.1_beta0.9_accuracy.csv")
+    both = (
+        rows[rows["unfit"] == 0]
+        .pivot(index="b", columns="label", values="accuracy_mean")
+        .dropna(subset=["SGD", "NSHB"])
+    )
+    assert len(both) == 4 and (both["SGD"] - both["NSHB"]).abs().max() < 1
+    rows = pd.read_csv(RESULTS / "quickstart" / "mnist1d_MLP_lr0.1_beta0.9_delta.csv")
+    rows = rows[(rows["epoch"] > 15) & (rows["epoch"] < 16) & rows["b"].isin(both.index)]
+    delta = rows.pivot(index="b", columns="label", values="delta_mean")
+    assert len(delta) == 4 and (delta["SGD"] / delta["NSHB"]).min() > 2
 
 
 AT = {"b": 128, "steps": 1600}

@@ -294,7 +294,7 @@ def test_with_until_loss_the_event_is_the_fit(tmp_path):
         evaluations(tmp_path, b, epochs, until_loss=0.26)
     table = page.accuracy(records.runs(tmp_path))
     assert table["accuracy_mean"].tolist() == [13, 13, 12] and table["unfit"].tolist() == [0, 0, 1]
-    assert set(table["event"]) == {"the fit (training loss < 0.26)"}
+    assert set(table["event"]) == {"the fit (loss < 0.26)"}
 
 
 def test_the_common_event_is_updates_where_no_epoch_is_shared():

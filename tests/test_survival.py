@@ -54,6 +54,8 @@ def test_sigkill_at_random_moments(mode, interval, tmp_path):
         ("critical", "die_at_rename=checkpoint.previous.pt,1"),
         ("critical", "die_at_rename=checkpoint.pt,3"),
         ("sampling", "die_at_rename=summary.json,1"),
+        ("normal", "kill_at=200"),  # with rows behind the last checkpoint
+        ("sampling", "kill_at=200"),
         ("normal", "signal_at=1"),  # in the measurement before the first step
         ("normal", "signal_at=200"),
         ("critical", "signal_at=230"),  # the end of an epoch
@@ -63,8 +65,12 @@ def test_sigkill_at_random_moments(mode, interval, tmp_path):
 )
 def test_kills_and_signals_at_the_worst_moments(mode, moment, tmp_path):
     argv = [*BASE, *MODES[mode], "--resume"]
+    if "kill" in moment:
+        half_done(tmp_path, mode, at=90)
     status, log = child.run([*argv, "--checkpoint_every", 0.005 if "die" in moment else 300], tmp_path, moment)
-    assert (status, "--resume goes on" in log) == ((-signal.SIGKILL, False) if "die" in moment else (143, True)), log
+    assert (status, "--resume goes on" in log) == ((143, True) if "signal" in moment else (-signal.SIGKILL, False)), (
+        log
+    )
     assert "error" not in log and not (tmp_path / "runs" / "r" / "summary.json").exists()
     status, log = child.run(argv, tmp_path)
     assert status == 0 and "resumed at step" in log and "warning" not in log, log

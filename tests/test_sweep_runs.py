@@ -288,16 +288,16 @@ def test_ctrl_c_reaches_the_runs_though_it_also_ends_the_tee_that_the_sweep_writ
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_sweep_starts_nothing_new_and_a_second_leaves_no_process(sweeps, signum):
-    sweeps.acts = {"": "deaf"}
+    sweeps.acts = {"seed0": "deaf", "seed1": "wait"}
     process = sweeps.start(*sweeps.two)
     sweeps.events("start", 2)
     process.send_signal(signum)
     sweeps.events("signals", 2)
-    assert process.poll() is None
+    time.sleep(0.5)  # in which one run has ended, and leaves its slot
+    assert process.poll() is None and len(sweeps.events("start")) == 2
     process.send_signal(signum)
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "killed; to go on" in out
-    assert len(sweeps.events("start")) == 2
     assert not any(running(pid, PATIENCE) for _, _, pid in sweeps.events("start"))
 
 

@@ -177,10 +177,15 @@ def test_a_step_is_one_row_with_all_that_was_measured_there(monkeypatch, tmp_pat
 
 
 def test_online_without_a_key_falls_back_to_offline_and_asks_nothing(tmp_path):
-    status, log = child.run([*BASE, "--wandb_entity", "somebody", "--max_steps", 2], tmp_path, "terminal", **CLEAN)
-    assert status == 0 and "Traceback" not in log and "choice" not in log, log
-    assert log.count("warning: wandb did not start in mode 'online'") == 1
-    assert "wandb: logging offline\n" in log and list(tmp_path.glob("runs/*/wandb/offline-run-*"))
+    leader, follower = os.openpty()
+    argv, seen = [*BASE, "--wandb_entity", "somebody", "--max_steps", 2], ""
+    process = child.start(argv, tmp_path, "terminal", os.ttyname(follower), **CLEAN)
+    while "wandb sync" not in seen:
+        seen += os.read(leader, 4096).decode()
+        assert "choice" not in seen and "Traceback" not in seen, seen
+    process.join(PATIENCE)
+    assert process.exitcode == 0 and seen.count("warning: wandb did not start in mode 'online'") == 1, seen
+    assert "wandb: logging offline\r\n" in seen and list(tmp_path.glob("runs/*/wandb/offline-run-*"))
 
 
 def test_the_environment_and_the_flag_are_respected(tmp_path):

@@ -1,0 +1,59 @@
+"""The table at the end of scripts/quickstart.sh, from the CSV files of figures.py: quickstart.py FIGURES."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    """The one table of that name."""
+    (path,) = folder.glob(f"*_{name}.csv")
+    return pd.read_csv(path)
+
+
+def over_b(table: pd.DataFrame, cell) -> str:
+    """A table of text: a line an optimizer, a column a batch size. cell: the text of one row."""
+    sizes = sorted(table["b"].unique())
+    lines = ["  b      " + "".join(f"{b:>9}" for b in sizes)]
+    for label, rows in table.groupby("label", sort=False):
+        cells = {row["b"]: cell(row) for _, row in rows.iterrows()}
+        lines.append(f"  {label:7}" + "".join(f"{cells.get(b, '–'):>9}" for b in sizes))
+    return "\n".join(lines)
+
+
+def peak(rows: pd.DataFrame) -> str:
+    """Where the accuracy of those that fit is highest, in a few words."""
+    fit = rows[rows["unfit"] == 0]
+    if fit.empty:
+        return "none fits"
+    best = fit.loc[fit["accuracy_mean"].idxmax()]
+    inside = "inside" if rows["b"].min() < best["b"] < rows["b"].max() else "at the edge of"
+    return f"{best['accuracy_mean']:.1f} % at b = {best['b']:.0f}, {inside} the grid"
+
+
+def main(folder: Path) -> None:
+    """Print the table."""
+    accuracy, delta, stars = (read(folder, name) for name in ("accuracy", "delta", "critical_batch_size"))
+    seeds = accuracy["seeds"].max()
+    print("\nMNIST-1D (generated signals, not images), means over", seeds, "seeds.\n")
+    print("Test accuracy (%) of an MLP when it fits its training data; * one that did not fit in 10,000 updates:")
+    print(over_b(accuracy, lambda row: f"{row['accuracy_mean']:.1f}{'*' if row['unfit'] else ' '}"))
+    for label, rows in accuracy.groupby("label", sort=False):
+        print(f"  {label}: highest {peak(rows)}")
+    delta = delta[delta["epoch"] > 0]
+    common = delta.groupby("epoch")["b"].nunique()
+    at = delta["epoch"].astype(int)
+    common = delta.groupby(at).apply(lambda rows: rows.groupby("label")["b"].nunique().sum(), include_groups=False)
+    shown = delta[at == common[common == common.max()].index.max()]
+    print(f"\nDegree of smoothing δ in epoch {int(shown['epoch'].min()) + 1}, measured (and by the paper's formula):")
+    print(over_b(shown, lambda row: f"{row['delta_mean']:.2f} ({row['delta_formula']:.1f})".rjust(11)))
+    print("\nCritical batch size b* of softmax regression: the fewest gradients until the mean gradient norm is at most ε:")
+    for row in stars.itertuples():
+        inside = "" if row.inside else ", at the edge of what was reached"
+        print(f"  {row.label:7} ε = {row.eps:g}: b* = {row.b_star}, {row.sfo:,.0f} gradients{inside}")
+    print(f"\nFigures and all tables: {folder / 'page.md'}. What was measured on CIFAR-100: results/README.md.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
