@@ -41,14 +41,14 @@ def main(folder: Path) -> None:
     print(over_b(accuracy, lambda row: f"{row['accuracy_mean']:.1f}{'*' if row['unfit'] else ' '}"))
     for label, rows in accuracy.groupby("label", sort=False):
         print(f"  {label}: highest {peak(rows)}")
-    delta = delta[delta["epoch"] > 0]
-    common = delta.groupby("epoch")["b"].nunique()
-    at = delta["epoch"].astype(int)
-    common = delta.groupby(at).apply(lambda rows: rows.groupby("label")["b"].nunique().sum(), include_groups=False)
-    shown = delta[at == common[common == common.max()].index.max()]
+    delta = delta[delta["epoch"] > 0].assign(whole=lambda rows: rows["epoch"].astype(int))
+    common = delta.groupby("whole").size()  # settings measured in each epoch
+    shown = delta[delta["whole"] == common[common == common.max()].index.max()]
     print(f"\nDegree of smoothing δ in epoch {int(shown['epoch'].min()) + 1}, measured (and by the paper's formula):")
     print(over_b(shown, lambda row: f"{row['delta_mean']:.2f} ({row['delta_formula']:.1f})".rjust(11)))
-    print("\nCritical batch size b* of softmax regression: the fewest gradients until the mean gradient norm is at most ε:")
+    print(
+        "\nCritical batch size b* of softmax regression, the fewest gradients until the mean gradient norm is at most ε:"
+    )
     for row in stars.itertuples():
         inside = "" if row.inside else ", at the edge of what was reached"
         print(f"  {row.label:7} ε = {row.eps:g}: b* = {row.b_star}, {row.sfo:,.0f} gradients{inside}")
