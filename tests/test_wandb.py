@@ -140,6 +140,8 @@ def fake_dashboard(monkeypatch, directory, steps, *argv):
 
 
 def test_online_only_what_wandb_has_not_yet_is_logged(monkeypatch, tmp_path, capsys):
+    offline = tmp_path / "wandb" / "offline-run-1-x"  # may not have been uploaded
+    offline.mkdir(parents=True)
     board, told = fake_dashboard(monkeypatch, tmp_path, 2)
     board.replay([{"steps": str(n), "epoch": "0.5", "accuracy": ""} for n in (1, 2, 3)], [], {})
     board.log({"steps": 4, "epoch": 2.0, "accuracy": 50.0}, [])
@@ -147,6 +149,7 @@ def test_online_only_what_wandb_has_not_yet_is_logged(monkeypatch, tmp_path, cap
     board.close(0)
     assert told.rows == [{"steps": 3, "epoch": 0.5}, {"steps": 4, "epoch": 2.0, "accuracy": 50.0}]
     results = {"status": "finished", "steps_to_eps/0.5": 7, "steps_to_eps/0.1": None, "noise/delta": 0.5}
+    assert offline.exists()
     assert told.summary == {"steps": 2} | results and "wandb sync" not in capsys.readouterr().out
 
 
