@@ -130,7 +130,7 @@ def experiment(run: "Training") -> int:
     results["max_gradient_norm"] = run.total.max_norm if steps else None
     if run.diverged_at:
         results["diverged_at_step"] = run.diverged_at
-    missed = None in results.get("steps_to_eps", {}).values()
+    missed = None in results.get("steps_to_eps", {}).values() or run.args.until_loss is not None
     status = run.outcome or ("not_reached" if missed else "finished")
     run.record.finish(status, steps, steps / run.steps_per_epoch, results)
     print(f"{status} after {steps} steps: {run.record.directory}")

@@ -141,7 +141,9 @@ def test_until_loss_ends_after_the_first_epoch_below_it(train):
     weights = [torch.load(d / "checkpoint.pt", weights_only=True) for d in (whole, directory)]
     assert weights[1]["step"] == 500
     _, capped = train(*argv, "--until_loss", 1e-9, "--epochs", 2)
-    assert summary(capped)["status"] == "finished" and summary(capped)["epochs"] == 2
+    assert summary(capped)["status"] == "not_reached" and summary(capped)["epochs"] == 2
+    _, more = train(*argv, "--until_loss", 1e-9, "--epochs", 3, "--resume")
+    assert summary(more)["epochs"] == 3
 
 
 # --- critical -------------------------------------------------------------------------------------------------
