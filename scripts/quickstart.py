@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
     shown = delta[delta["whole"] == common[common == common.max()].index.max()]
     print(f"\nDegree of smoothing δ in epoch {int(shown['epoch'].min()) + 1}, measured (and by the paper's formula):")
     print(over_b(shown, lambda row: f"{row['delta_mean']:.2f} ({row['delta_formula']:.1f})".rjust(11)))
-    print(print("\nCritical batch size b* of softmax regression (fewest gradients until mean ‖g‖ is at most ε):"))
+    print("\nCritical batch size b* of softmax regression (fewest gradients until mean ‖g‖ is at most ε):")
     for row in stars.itertuples():
         inside = "" if row.inside else ", at the edge of what was reached"
         print(f"  {row.label:7} ε = {row.eps:g}: b* = {row.b_star}, {row.sfo:,.0f} gradients{inside}")

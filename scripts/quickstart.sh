@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's figures from runs of your own, on MNIST-1D: about three minutes on two cores once the installation is done.
+# The paper's figures from runs of your own, on MNIST-1D: three to five minutes on two cores once the installation is done.
 # Nothing is downloaded but the packages. Run again, it shows the finished runs' results at once.
 #
 # MNIST-1D is 4,000 generated signals of 40 numbers in 10 classes. An MLP fits them in seconds, so that every run is
