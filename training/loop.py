@@ -259,8 +259,10 @@ class Training:
         """`accuracy` (%) and mean `test_loss` of the test data, in evaluation mode. A loss not finite ends the run."""
         if self.evaluated.get("steps") != self.step:
             totals = torch.zeros(2, device=self.data.device)
+            images = len(self.data.spec.shape) == 3  # vectors are small: a small batch of them is all overhead
+            size = min(max(self.args.batchsize, 100), 1000) if images else 5000
             with unchanged(self.model, training=False), self.autocast():
-                for x, y in self.data.test(min(max(self.args.batchsize, 100), 1000)):
+                for x, y in self.data.test(size):
                     self.check_signals()
                     logits = self.model(x).float()
                     loss = F.cross_entropy(logits, y, reduction="sum")
