@@ -26,18 +26,16 @@ if TYPE_CHECKING:
 
 def normal(run: "Training") -> dict:
     """Train for --epochs, or until an epoch's mean training loss is below --until_loss; test after each epoch."""
-    results = {}
     for window in run.windows(planned_steps(run.args)):
         epoch = run.epoch_with(window)
         epoch_over = run.step % run.steps_per_epoch == 0
         if epoch_over and run.args.until_loss and epoch.loss / epoch.inputs < run.args.until_loss:
             run.stop("finished")
         if (run.evaluation_due or run.outcome == "finished") and run.outcome != "diverged":
-            evaluated = run.evaluate()
-            best = max(evaluated["accuracy"], run.results.get("best_accuracy", 0.0))
-            results = evaluated | {"best_accuracy": best}
-            results |= {"training_acc": 100 * epoch.hits / epoch.inputs, "training_loss": epoch.loss / epoch.inputs}
-            run.results |= results
+            run.results |= run.evaluate()
+            run.results["best_accuracy"] = max(run.results["accuracy"], run.results.get("best_accuracy", 0.0))
+            run.results["training_acc"] = 100 * epoch.hits / epoch.inputs
+            run.results["training_loss"] = epoch.loss / epoch.inputs
     names = ("accuracy", "best_accuracy", "training_acc", "training_loss", "test_loss")
     return {name: run.results.get(name) for name in names}
 
