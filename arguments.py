@@ -18,6 +18,7 @@ from utils import UserError
 ENDLESS = 2**62  # more steps than a run can make
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
 MODES = ("normal", "critical", "sampling")
+INJECTED = ("covariance", "isotropic")
 MEASURES = ("noise", "shape", "smoothing", "sharpness")
 FULL_GRAD_BATCHSIZE = 1000
 PROBE_IMAGES = 2000
@@ -38,7 +39,7 @@ ADMINISTRATION = {
     *("wandb_entity", "wandb_project", "wandb_mode", "save_memory"),
 }
 OF_MODE = {
-    **dict.fromkeys(("epochs", "until_loss"), "normal"),
+    **dict.fromkeys(("epochs", "until_loss", "recalibrate"), "normal"),
     **dict.fromkeys(("eps", "min_epochs"), "critical"),
     "steps": "sampling",
 }
@@ -125,7 +126,6 @@ COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
 WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
 DRAWS = number(int, "a whole number of at least 2", lambda v: 2 <= v < 2**53)
 SHARE = number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-LENGTH = number(float, "a finite number of at least 0, at most 1e38", lambda v: 0 <= v <= 1e38)
 BETA = number(float, "a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
 SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v >= 0)
@@ -159,8 +159,11 @@ def _add_experiment(add: Callable) -> None:
     add("--batchsize", type=COUNT, default=8, metavar="B", help="images a step")
     add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb, nshb and qhm")
     add("--nu", type=SHARE, default=0.5, help="qhm: weight of the momentum; 0 is sgd, 1 is nshb")
-    injected = "adds isotropic Gaussian noise u, E‖u‖² = R², to every search direction"
-    add("--injected_noise", type=LENGTH, default=0.0, metavar="R", help=injected)
+    injected = (
+        "adds noise to each gradient: with the covariance of batches of --inject_batchsize, or as long, isotropic"
+    )
+    add("--inject", **one_of(*INJECTED), help=injected)
+    add("--inject_batchsize", type=COUNT, metavar="B", help="smaller than --batchsize")
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
     add("--steps", type=WHOLE, nargs="+", default=[10_000], metavar="N", help="sampling: updates before a measurement")
@@ -182,8 +185,10 @@ def _add_measuring(add: Callable) -> None:
     chunk = f"chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
     add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
     probe = f"images whose loss smoothing and sharpness look at (default: {PROBE_IMAGES}, or all if fewer)"
-    add("--probe_images", type=COUNT, default=argparse.SUPPRESS, metavar="N", help=probe)
+    add("--probe_images", type=DRAWS, default=argparse.SUPPRESS, metavar="N", help=probe)
     memory = "splits the memory by the full gradients of the last K steps, each a full pass"
+    again = "normal: also test with BatchNorm's statistics recomputed, at every evaluation"
+    add("--recalibrate", action="store_true", help=again)
     add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
 
 
@@ -275,6 +280,8 @@ def measures(args: Namespace) -> bool:
 def unaffected(args: Namespace) -> dict[str, str]:
     """The flags that do not affect the run `args`, each with the reason."""
     unused = {flag: f"only --mode {mode} uses it" for flag, mode in OF_MODE.items() if mode != args.mode}
+    if not args.inject:
+        unused["inject_batchsize"] = "only --inject uses it"
     if args.mode == "sampling":
         unused["measure_every"] = "--mode sampling measures at --steps"
     if not set(args.measure) & {"smoothing", "sharpness"}:
@@ -305,9 +312,11 @@ def _check(args: Namespace) -> None:
         if flag in relevant and size > spec.train_images:
             allowed = f"at most the {spec.train_images} training images of {args.dataset}"
             raise UserError(f"argument --{flag}: got {size}, allowed is {allowed}")
-    if args.cuda_graph and args.injected_noise:
-        reason = "0 with --cuda_graph, whose graph cannot draw anew at each step"
-        raise UserError(f"argument --injected_noise: got {args.injected_noise}, allowed is {reason}")
+    if args.inject and not 0 < (args.inject_batchsize or 0) < args.batchsize:
+        allowed = f"1 to {args.batchsize - 1}, fewer images than --batchsize"
+        raise UserError(f"argument --inject_batchsize: got {args.inject_batchsize}, allowed is {allowed}")
+    if args.cuda_graph and args.inject:
+        raise UserError(f"argument --inject: got {args.inject}, but a graph (--cuda_graph) cannot draw at each step")
     if args.draws < 4 and set(args.measure) & {"shape", "smoothing"}:
         raise UserError(f"argument --draws: got {args.draws}, allowed is 4 and more with shape or smoothing")
 

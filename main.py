@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from arguments import EXIT_STATUS, parse, planned_steps
 from measure.quantities import QUANTITIES, quantity
+from training.record import EVALUATED
 from training.stopping import StoppingRule, first_check
 from utils import Signals, Stopped, UserError, out_of_memory, pick_device, say, set_up, usable_streams
 
@@ -32,7 +33,7 @@ def normal(run: "Training") -> dict:
         if epoch_over and run.args.until_loss and epoch.loss / epoch.inputs < run.args.until_loss:
             run.stop("finished")
         if (run.evaluation_due or run.outcome == "finished") and run.outcome != "diverged":
-            run.results |= run.evaluate()
+            run.results = {name: run.results[name] for name in run.results if name not in EVALUATED} | run.evaluate()
             run.results["best_accuracy"] = max(run.results["accuracy"], run.results.get("best_accuracy", 0.0))
             run.results["training_acc"] = 100 * epoch.hits / epoch.inputs
             run.results["training_loss"] = epoch.loss / epoch.inputs

@@ -1,5 +1,6 @@
 """Independent mini-batches at one x_t, what augmentation adds to their variance, and sums over vectors of weights."""
 
+import random
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -7,18 +8,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from measure.gradients import Batch, Objective
+from measure.gradients import Batch, Objective, own_random_state
 
 
-def draw(loader: DataLoader, m: int) -> Iterator[Batch]:
+def draw(loader: DataLoader, m: int, generator: torch.Generator) -> Iterator[Batch]:
     """m independent mini-batches: the first of m fresh passes over `loader`. ValueError if it does not shuffle.
 
-    One pass would not do: its batches are disjoint, so V̂_b would be too large by the factor N/(N − b).
+    One pass would not do: its batches are disjoint, so V̂_b would be too large by the factor N/(N − b). generator: of
+    the CPU, one for all measurements of a run. It moves on from draw to draw, and every pass is seeded by it; the
+    global random state stays as it is. A generator made anew at every step would repeat the same draws.
     """
-    if isinstance(loader.sampler, SequentialSampler):
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"draws need a DataLoader, which can be passed over again, got {type(loader).__name__}")
+    sampler = loader.batch_sampler if loader.batch_sampler is not None else loader
+    if isinstance(getattr(sampler, "sampler", None), SequentialSampler):
         raise ValueError("draws need a loader that shuffles, got one that gives the same first batch every time")
     for _ in range(m):
-        yield next(iter(loader))
+        with own_random_state():
+            seed = int(torch.randint(2**32, (), generator=generator))
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            batch = next(iter(loader))
+        yield batch
 
 
 def augmentation(objective: Objective, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, float]:
@@ -38,6 +50,28 @@ def augmentation(objective: Objective, pairs: Iterable[tuple[Batch, Batch]]) -> 
         raise ValueError(f"pairs must be two or more, of batches of one size, got sizes {sizes}")
     found = estimate("augmentation_variance", np.array(halves))
     return found | {"c_squared_augmentation": sizes[0] * found["augmentation_variance"]}
+
+
+def refuse_copies(draws: Iterable[Batch]) -> Iterator[Batch]:
+    """The same draws. ValueError if all of them, four or more, are one batch: their variance would be 0 ± 0."""
+    first, same = None, []
+    for x, y in draws:
+        first = (x, y) if first is None else first
+        same.append(torch.equal(y, first[1]) and torch.equal(x, first[0]))
+        yield x, y
+    if len(same) > 3 and all(same):
+        raise ValueError(f"draws must be independent, got {len(same)} times the same batch: does the loader shuffle?")
+
+
+def spread(g: list[Tensor], mean: list[Tensor], k: int) -> Tensor:
+    """The k-th draw's part of V̂_b, for each tensor (P,); `mean`, of the draws before, takes g in.
+
+    It is (k − 1)/k times the squared distance to that mean: its expectation is V_b for each k ≥ 2, and the mean over
+    these is Σ‖g_i − ḡ‖²/(M − 1) [Welford 1962].
+    """
+    step = torch._foreach_sub(g, mean)
+    torch._foreach_add_(mean, step, alpha=1 / k)
+    return squares(step) * ((k - 1) / k)
 
 
 def isotropic(like: list[Tensor], norm: float, generator: torch.Generator) -> list[Tensor]:

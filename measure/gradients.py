@@ -26,6 +26,7 @@ class Objective:
     while it measures, None leaves every module in its mode; in training mode (the paper's) BatchNorm makes a gradient
     depend on the batch. params: those to differentiate by; default: all that are not frozen, in the model's order.
     between: called before every pass with its cost, in images forward and backward; what it raises ends a measurement.
+    ValueError for weights in bfloat16 or float16, whose differences are rounded away, and for another reduction.
     """
 
     def __init__(
@@ -36,19 +37,26 @@ class Objective:
         params: list[Tensor] | None = None,
         between: Callable[[float], None] = lambda images: None,
     ):
+        model = getattr(model, "_orig_mod", model)  # what torch.compile makes has no second derivative
         self.model, self.loss, self.training, self.between = model, loss, training, between
+        if getattr(loss, "reduction", "mean") != "mean":
+            raise ValueError(f"the loss must be the mean over the batch, got reduction={loss.reduction!r}")
         self.params = params or [p for p in model.parameters() if p.requires_grad]
+        others = {str(p.dtype) for p in self.params} - {"torch.float32", "torch.float64"}
+        if others or not self.params:
+            got = ", ".join(sorted(others)) or "none"
+            raise ValueError(f"weights to differentiate by must be float32 or float64 (model.float()), got {got}")
         self._measuring = False
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """As the function `unchanged`. Inside of itself it does nothing, so that random numbers go on."""
+        """As the function `unchanged`, with gradients on. Inside of itself it does nothing: random numbers go on."""
         if self._measuring:
             yield
             return
         self._measuring = True
         try:
-            with unchanged(self.model, self.training):
+            with unchanged(self.model, self.training), torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
             self._measuring = False
@@ -58,7 +66,7 @@ class Objective:
 
         ValueError if the loss returns more than one number.
         """
-        x, y = batch
+        x, y = pair(batch)
         with self.unchanged():
             self.between(len(y))
             value = self.loss(self.model(x), y)
@@ -66,7 +74,10 @@ class Objective:
                 shape = tuple(value.shape)
                 raise ValueError(f"the loss must return the mean over the batch, one number; got shape {shape}")
             found = torch.autograd.grad(value, self.params, allow_unused=True)
-        return {p: g for p, g in zip(self.params, found, strict=True) if g is not None}
+        found = {p: g for p, g in zip(self.params, found, strict=True) if g is not None}
+        if any(g.is_sparse for g in found.values()):
+            raise ValueError("gradients must be dense: make the embedding with sparse=False")
+        return found
 
     def gradient(self, batch: Batch) -> list[Tensor]:
         """One tensor for each of `params`: zeros where the loss does not need it."""
@@ -79,9 +90,10 @@ class Objective:
         chunks: batches of any sizes, n images in all, as one pass has them. Every image weighs 1/n, also in a partial
         last chunk. ValueError if the chunks do not hold n images.
         """
-        total, seen = [torch.zeros_like(p) for p in self.params], 0
+        seen = 0
         with self.unchanged():
-            for x, y in chunks:
+            total = [torch.zeros_like(p) for p in self.params]
+            for x, y in map(pair, chunks):
                 self.between(len(y))
                 value = 1 / n * self._summed(self.model(x), y)
                 torch._foreach_add_(total, torch.autograd.grad(value, self.params, materialize_grads=True))
@@ -95,11 +107,10 @@ class Objective:
             return F.cross_entropy(output, y, reduction="sum")  # one rounding less than through the mean
         return len(y) * self.loss(output, y)
 
-    @torch.no_grad()
     def value(self, batches: list[Batch]) -> float:
         """f at the present weights, the mean loss over all images of the batches."""
         total = 0.0
-        with self.unchanged():
+        with self.unchanged(), torch.no_grad():
             for x, y in batches:
                 self.between(VALUE * len(y))
                 output = self.model(x)
@@ -109,9 +120,21 @@ class Objective:
         return total / images(batches)
 
 
+def pair(batch: Batch) -> Batch:
+    """The batch itself. ValueError if it is not (inputs, targets)."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"a batch must be a pair (inputs, targets), got {type(batch).__name__}")
+    return batch
+
+
 def images(batches: list[Batch]) -> int:
     """How many images the batches hold."""
     return sum(len(y) for _, y in batches)
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether an image's gradient depends on its batch in training mode."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 @contextmanager
@@ -123,21 +146,30 @@ def unchanged(model: nn.Module, training: bool | None) -> Iterator[None]:
     """
     buffers = [b.clone() for b in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
     cuda = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with own_random_state(cuda):
             if training is not None:
                 model.train(training)
             yield
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+
+
+@contextmanager
+def own_random_state(cuda: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Put torch's (CPU and the given devices), NumPy's and Python's random state back at the end."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=list(cuda)):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ An optimizer takes part if it is torch.optim.SGD, or has a method `direction()`,
 held in `.grad`, one tensor a parameter, group by group, and changes nothing. Weight decay and maximize are refused.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -74,6 +75,24 @@ def affine(optimizer: Optimizer, params: list[Tensor]) -> tuple[list[float], lis
 def learning_rates(optimizer: Optimizer) -> dict[Tensor, float]:
     """η of each of the optimizer's parameters."""
     return {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def memory_noise_standing_still(n: int, b: int, step: int, beta: float, w: float = 1.0) -> float:
+    """E‖noise of the memory‖²/V_b before the update `step` (from 0), if the weights had stood still (ours).
+
+    Batches of b of n images, n in the last of an epoch if b does not divide it, each image once an epoch. The gradient
+    of j steps ago weighs h_j = wβ^j in the memory: w = 1 for SHB, 1 − β for NSHB, ν(1 − β) for QHM. With
+    S² = V_b N b/(N − b) the noise is S² Σ_epochs [Σ_j h_j²/b_j − (Σ_j h_j)²/N]: the batches of an epoch are
+    anti-correlated, so that it depends on the position in it. ValueError unless b < n and 0 ≤ β < 1.
+    """
+    if not (0 < b < n and 0 <= beta < 1):
+        raise ValueError(f"b must be below n, and beta in [0, 1); got b {b}, n {n}, beta {beta}")
+    per_epoch = -(-n // b)
+    lags = np.arange(1, step + 1)[: 1 + int(np.log(1e-18) / np.log(beta)) if beta else 1]
+    epoch, position = np.divmod(step - lags, per_epoch)
+    sizes, h = np.where(position == per_epoch - 1, n - (per_epoch - 1) * b, b), w * beta**lags
+    sums = np.bincount(epoch, h, minlength=1)
+    return float(n * b / (n - b) * ((h**2 / sizes).sum() - (sums**2).sum() / n))
 
 
 class ExactMemory:

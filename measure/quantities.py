@@ -21,15 +21,12 @@ class Quantity:
     @property
     def key(self) -> str:
         """Its key in wandb: the name, in a section of its group unless the paper's authors log it too."""
-        return (
-            self.name
-            if self.group in ("training", "result") or self.name == "noise_norm"
-            else f"{self.group}/{self.name}"
-        )
+        own = self.group in ("training", "result") or self.name == "noise_norm"
+        return self.name if own else f"{self.group}/{self.name}"
 
 
 PAPER, OURS = "paper", "ours"
-SIMSEKLI, BEHAVIOUR = "Şimşekli 2019", "Andreyev and Beneventano"
+SIMSEKLI, BEHAVIOUR, IZMAILOV = "Şimşekli 2019", "Andreyev and Beneventano", "Izmailov 2018"
 
 Q = Quantity
 QUANTITIES = {
@@ -48,6 +45,8 @@ QUANTITIES = {
         Q("ave-norm", "mean ‖g‖", "", "training", "mean of all mini-batch gradient norms so far", PAPER),
         Q("accuracy", "", "%", "training", "test accuracy", PAPER),
         Q("test_loss", "", "nats", "training", "mean loss of the test data", OURS),
+        Q("accuracy_recalibrated", "", "%", "training", "test accuracy, BatchNorm's statistics recomputed", IZMAILOV),
+        Q("test_loss_recalibrated", "", "nats", "training", "mean test loss, the same way", IZMAILOV),
         # --- results: what only a run's end knows
         Q("best_accuracy", "", "%", "result", "highest test accuracy after an epoch", OURS),
         Q("steps_to_eps", "", "updates", "result", "updates until the mean gradient norm is at most ε", PAPER),
@@ -72,12 +71,12 @@ QUANTITIES = {
         Q("delta", "δ", "", "noise", "degree of smoothing η E‖ω‖, over the draws", "paper, section 3", True),
         Q("delta_as_shb", "δ as SHB", "", "noise", "δ of the same run when written as SHB", OURS, True),
         Q("delta_as_nshb", "δ as NSHB", "", "noise", "δ of the same run when written as NSHB", OURS, True),
-        Q("fresh", "w²V_b", "", "noise", "part of E‖ω‖² that this mini-batch adds", OURS),
+        Q("fresh", "w²V_b", "", "noise", "part of E‖ω‖² that this mini-batch adds, with injected noise", OURS),
         Q("memory", "‖μ‖²", "", "noise", "part of E‖ω‖² that momentum makes, whatever this mini-batch is", OURS),
         Q("memory_noise", "", "", "noise", "part of the memory made of noise of earlier mini-batches", OURS),
         Q("memory_drift", "", "", "noise", "part of the memory made of the change of ∇f", OURS),
         Q("memory_cross", "", "", "noise", "twice the inner product of these two parts", OURS),
-        Q("injected", "R²", "", "noise", "part of E‖ω‖² that injected noise adds", OURS),
+        Q("injected", "E‖u‖²", "", "noise", "mean square of the noise that --inject adds to a gradient", OURS),
         # --- variance of mini-batch gradients, at every batch size drawn
         Q("variance", "V_b", "", "variance", "variance of a mini-batch gradient, tr Cov(g)", OURS, True),
         Q("c_squared", "C²", "", "variance", "variance of one image's gradient, b (N − 1)/(N − b) V_b", PAPER, True),
@@ -94,14 +93,7 @@ QUANTITIES = {
         Q("effective_rank", "d/U", "", "shape", "number of directions that the noise fills", OURS),
         Q("coordinate_kurtosis", "", "", "shape", "excess kurtosis across draws, mean over weights; normal: 0", OURS),
         Q("non_normal_share", "", "", "shape", "share of weights whose noise fails a normality test", OURS),
-        Q(
-            "pooled_kurtosis",
-            "",
-            "",
-            "shape",
-            "excess kurtosis of one draw's entries, pooled as the paper does",
-            PAPER,
-        ),
+        Q("pooled_kurtosis", "", "", "shape", "excess kurtosis of one draw's entries, pooled", PAPER),
         Q("scales_kurtosis", "", "", "shape", "what unequal scales alone would give for that number", OURS),
         Q("hill", "α", "", "shape", "tail index by Hill's estimator, over weights", SIMSEKLI),
         Q("hill_normal", "", "", "shape", "the same for normal draws", OURS),
@@ -117,24 +109,25 @@ QUANTITIES = {
         Q("excess", "", "nats", "smoothing", "loss added by ω: displacement plus fresh noise", OURS, True),
         Q("displacement", "", "nats", "smoothing", "loss added by momentum, which moves but does not smooth", OURS),
         Q("excess_real", "", "nats", "smoothing", "loss added by one step's fresh noise", OURS, True),
+        Q("excess_real_half1", "", "nats", "smoothing", "the same on the first half of the images", OURS),
+        Q("excess_real_half2", "", "nats", "smoothing", "the same on the second half", OURS),
+        Q("excess_linear", "", "nats", "smoothing", "linear part, taken off: BatchNorm's bias", OURS, True),
         Q("excess_gaussian", "", "nats", "smoothing", "the same for Gaussian noise of equal covariance", OURS, True),
         Q("excess_isotropic", "", "nats", "smoothing", "the same for isotropic noise of equal length", OURS, True),
         Q("excess_predicted", "η² tr(HΣ)/2", "nats", "smoothing", "prediction for the fresh noise", OURS, True),
-        Q(
-            "excess_predicted_isotropic",
-            "η² tr(H) tr(Σ)/(2d)",
-            "nats",
-            "smoothing",
-            "prediction for isotropic noise",
-            OURS,
-            True,
-        ),
+        Q("excess_predicted_isotropic", "η² tr(H) tr(Σ)/(2d)", "nats", "smoothing", "the same, isotropic", OURS, True),
         Q("fluctuation_norm", "√E‖ηφ‖²", "", "smoothing", "length of a step's fresh noise, in the weights", OURS),
         # --- sharpness of the loss of the probe images
         Q("lambda_max", "λ_max", "", "sharpness", "largest eigenvalue of the Hessian", "Lanczos"),
+        Q("lambda_max_half1", "", "", "sharpness", "the same on the first half of the images", OURS),
+        Q("lambda_max_half2", "", "", "sharpness", "the same on the second half", OURS),
         Q("hessian_trace", "tr H", "", "sharpness", "trace of the Hessian", "Hutchinson 1990", True),
+        Q("hessian_trace_half1", "", "", "sharpness", "the same on the first half of the images", OURS),
+        Q("hessian_trace_half2", "", "", "sharpness", "the same on the second half", OURS),
         Q("average_sharpness", "", "nats", "sharpness", "loss added by a random displacement of length δ", OURS, True),
         Q("batch_sharpness", "", "", "sharpness", "curvature along mini-batch gradients", BEHAVIOUR, True),
+        Q("direction_curvature", "dᵀHd/‖d‖²", "", "sharpness", "curvature along the next search direction", OURS),
+        Q("gradient_curvature", "gᵀHg/‖g‖²", "", "sharpness", "curvature along the next mini-batch gradient", OURS),
     )
 }
 

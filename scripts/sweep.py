@@ -32,7 +32,7 @@ from utils import UserError, say, usable_streams  # noqa: E402
 LISTS = {
     "batchsize": "8 16 32 64 128 256 512 1024 2048 4096 8192",
     "seed": "0 1 2",
-    **dict.fromkeys(("lr", "beta1", "nu", "injected_noise"), ""),
+    **dict.fromkeys(("lr", "beta1", "nu", "inject", "inject_batchsize"), ""),
     "optimizer": "sgd shb nshb",
 }
 

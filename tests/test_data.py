@@ -113,10 +113,13 @@ def test_streams_are_independent_and_repeatable():
     a, b = make_signals(60), make_signals(60)
     b.seed = 1
     a.y_train = b.y_train = torch.arange(60)
-    streams = [a.epoch(0, 60), b.epoch(0, 60), a.full_pass(0, 60), a.full_pass(1, 60), a.probe(60, 60)]
+    streams = [a.epoch(0, 60), b.epoch(0, 60), a.full_pass(0, 60), a.full_pass(1, 60), a.for_batchnorm(0, 60, 60)]
     streams += [[draw] for draw in a.draws(0, 60, 2)] + [a.draws(0, 60, 1)]
+    streams += [[each] for step, draw in ((0, 0), (0, 1), (1, 0)) for each in a.independent(step, 60, draw)]
     orders = [tuple(next(iter(stream))[1].tolist()) for stream in streams]
-    assert len(set(orders)) == 7 and orders[5] == orders[7]
+    assert len(set(orders)) == 13 and orders[5] == orders[7]
+    first, second = ([label for _, y in half for label in y.tolist()] for half in a.probe(31, 9))
+    assert (len(first), len(second)) == (15, 16) and len({*first, *second}) == 31
     assert [len(set(y.tolist())) for _, y in a.draws(3, 50, 4)] == [50] * 4  # a batch holds an input once
     pairs = list(make_data(60).augmented_pairs(0, 8, 2))
     assert all(torch.equal(y, z) and not torch.equal(x, w) for (x, y), (w, z) in pairs)
@@ -126,7 +129,7 @@ def test_streams_are_independent_and_repeatable():
 def test_everything_runs_where_there_is_no_data(make):
     """torch's meta device fails at a tensor left on the CPU and at a reading of the device."""
     d = make(60, device="meta")
-    passes = (d.epoch(0, 8), d.full_pass(0, 20), d.draws(0, 8, 2), d.probe(9, 4), d.test(7))
+    passes = (d.epoch(0, 8), d.full_pass(0, 20), d.draws(0, 8, 2), *d.probe(9, 4), d.independent(0, 8, 0), d.test(7))
     batches = [batch for each in (*passes, *d.augmented_pairs(0, 8, 1)) for batch in each]
     inputs = (40,) if len(d.spec.shape) == 1 else (3, 32, 32)
     assert all(x.shape == (len(y), *inputs) and x.is_meta and y.is_meta for x, y in batches)

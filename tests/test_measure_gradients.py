@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from measure.draws import augmentation, draw
 from measure.gradients import Objective, gradient_norm
+from measure.injected import smaller_batch_noise, variance
 from measure.noise import batch_noise, budget
 from measure.optimizers import ExactMemory
-from measure.sharpness import sharpness
+from measure.sharpness import hessian_product, moved, sharpness
 from measure.smoothing import smoothing
 from shb import SHB
 
@@ -106,6 +107,59 @@ def test_gradient_norm_is_exact_to_1e_7():
     assert gradient_norm(gradients).item() == pytest.approx(exact, rel=1e-7)
 
 
+# --- models that people bring ---
+
+
+def test_what_cannot_be_right_is_refused():
+    model = nn.Linear(3, 2).bfloat16()
+    with pytest.raises(ValueError, match=r"float32 or float64.*got torch\.bfloat16"):
+        Objective(model)
+    with pytest.raises(ValueError, match="mean over the batch, got reduction='sum'"):
+        Objective(nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="sum"))
+    with pytest.raises(ValueError, match="dense: make the embedding with sparse=False"):
+        Objective(nn.Embedding(5, 2, sparse=True)).gradient((torch.arange(5), torch.zeros(5, dtype=torch.int64)))
+    for batch in ({"x": torch.ones(2, 3), "y": torch.zeros(2)}, (torch.ones(2, 3), torch.zeros(2), 1)):
+        with pytest.raises(ValueError, match=r"pair \(inputs, targets\), got"):
+            Objective(nn.Linear(3, 2)).gradient(batch)
+    with pytest.raises(ValueError, match="got none"):
+        Objective(nn.Linear(3, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_can_be_had_where_they_are_switched_off(off):
+    (x, y), objective = images(6), Objective(plain_net(0))
+    expected = objective.gradient((x, y)), objective.full_gradient([(x, y)], 6)
+    with off():
+        found = objective.gradient((x, y)), objective.full_gradient([(x, y)], 6)
+        assert not torch.is_grad_enabled()
+    assert equal(found, expected)
+
+
+def test_a_compiled_model_is_measured_by_the_module_it_is_made_of():
+    (x, y), model = images(6), plain_net(0)
+    compiled, v = (
+        Objective(torch.compile(model, backend="aot_eager")),
+        [torch.ones_like(p) for p in model.parameters()],
+    )
+    assert equal(compiled.gradient((x, y)), Objective(model).gradient((x, y)))
+    assert equal(hessian_product(compiled, [(x, y)], v), hessian_product(Objective(model), [(x, y)], v))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_has_its_second_derivatives(training):
+    """torch's fused kernels have none; against finite differences of the gradient, in float64."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 3, dtype=torch.float64))
+    f, batch = Objective(model, training=training), (torch.randn(6, 5, 8).double(), torch.randint(3, (6,)))
+    v, points = [torch.randn_like(p) for p in f.params], []
+    for sign in (1, -1):
+        with moved(f, [1e-5 * sign * each for each in v]):
+            points.append(f.gradient(batch))
+    for product, a, b in zip(hessian_product(f, [batch], v), *points, strict=True):
+        torch.testing.assert_close(product, (a - b) / 2e-5, rtol=1e-4, atol=1e-7)
+
+
 # --- BatchNorm ---
 
 
@@ -167,10 +221,14 @@ def everything(model, optimizer, x, y, training, between):
     objective = Objective(model, training=training, between=between)
     full = objective.full_gradient(chunks(x, y, 16), 40)
     numbers, _ = batch_noise(objective, optimizer, (x[:8], y[:8]), full)
-    numbers |= budget(objective, optimizer, full, draw(loader, 4), 40, keep=kept.append)
-    numbers |= augmentation(objective, zip(draw(loader, 2), draw(loader, 2), strict=True))
-    numbers |= smoothing(objective, chunks(x, y, 30), optimizer, full, kept, generator)
-    numbers |= sharpness(objective, chunks(x, y, 30), draw(loader, 2), 0.1, 2, generator)
+    noisy = {"injected": lambda i: smaller_batch_noise(objective, draw(loader, 2, generator), 0.5)}
+    numbers |= budget(objective, optimizer, full, draw(loader, 4, generator), 40, keep=kept.append, **noisy)
+    pairs = zip(draw(loader, 2, generator), draw(loader, 2, generator), strict=True)
+    numbers |= augmentation(objective, pairs)
+    halves = [chunks(x[:20], y[:20], 15), chunks(x[20:], y[20:], 15)]
+    numbers |= smoothing(objective, halves, optimizer, full, kept, generator)
+    numbers |= sharpness(objective, halves, draw(loader, 2, generator), 0.1, 2, generator, {"gradient": full})
+    numbers["of_batches"] = variance(objective, draw(loader, 2, generator))
     memory = ExactMemory(objective, optimizer)
     memory.add(full)
     return numbers | memory.split(full)

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from measure import noise
 from measure.draws import augmentation, draw, isotropic
 from measure.gradients import Objective
-from measure.optimizers import ExactMemory, affine
+from measure.optimizers import ExactMemory, affine, memory_noise_standing_still
 from measure.quantities import columns
 from shb import NSHB, QHM, SGD, SHB
 
@@ -138,13 +137,11 @@ def test_standard_errors_cover_and_estimates_are_unbiased_over_many_repetitions(
     rng, found = np.random.default_rng(0), []
     for k in range(150):
         picked = [batches[i] for i in rng.integers(0, 15, 32)]
-        injected = (3 * R, lambda *draw, k=k: generators(k, *draw))
-        found.append(
-            noise.budget(objective, optimizer, full, picked, N, injected=injected, renamed={"delta_as_shb": 2.5})
-        )
+        options = {"injected": lambda i, k=k: some_u(k, i, norm=3 * R), "renamed": {"delta_as_shb": 2.5}}
+        found.append(noise.budget(objective, optimizer, full, picked, N, **options))
     variance = ((g - nabla) ** 2).sum(1).mean()
     truth = {"variance": variance, "c_squared": variance * B * (N - 1) / (N - B)}
-    many = w * g[rng.integers(0, 15, 200_000)] + memory + rng.normal(size=(200_000, 4)) * 3 * R / 2
+    many = w * (g[rng.integers(0, 15, 200_000)] + rng.normal(size=(200_000, 4)) * 3 * R / 2) + memory
     truth["delta"] = 0.05 * np.linalg.norm(many - nabla, axis=1).mean()
     truth["delta_as_shb"] = 0.05 * np.linalg.norm(many - 2.5 * nabla, axis=1).mean()
     for key, value in truth.items():
@@ -152,8 +149,8 @@ def test_standard_errors_cover_and_estimates_are_unbiased_over_many_repetitions(
         assert abs(estimates.mean() - value) < 4 * estimates.std(ddof=1) / np.sqrt(150), key
         covered = np.mean(abs(estimates - value) < 1.96 * errors)
         assert 0.90 <= covered <= 0.99, (key, covered)
-    exact = ((w * g + memory - nabla) ** 2).sum(1).mean() + (3 * R) ** 2
-    for parts in (("batchnorm_bias",), ("noise_square",), ("fresh", "memory", "injected")):
+    exact = ((w * g + memory - nabla) ** 2).sum(1).mean() + (w * 3 * R) ** 2
+    for parts in (("batchnorm_bias",), ("noise_square",), ("fresh", "memory")):
         sums = np.array([sum(row[part] for part in parts) for row in found])
         expected = 0 if parts == ("batchnorm_bias",) else exact
         assert abs(sums.mean() - expected) < 4 * sums.std(ddof=1) / np.sqrt(150), parts
@@ -210,10 +207,11 @@ def generators(*draw):
     return torch.Generator().manual_seed(int(seed))
 
 
-def slow_u(generator):
-    """u of the regression by the definition: one normal vector of variance R²/d, cut into shapes in their order."""
-    parts = [torch.randn(shape, generator=generator).flatten() for shape in ((1, 3), (1,))]
-    return (torch.cat(parts) * R / 2).numpy()
+def some_u(*key, norm=R):
+    """Isotropic noise for the regression, of a generator that `key` seeds."""
+    return isotropic(
+        [torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)], norm, generators(*key)
+    )
 
 
 @pytest.mark.parametrize("shapes", [[(3, 2), (), (1,)], [(5,)]])
@@ -234,14 +232,16 @@ def test_isotropic_noise_has_its_norm_and_no_direction(shapes):
 def test_injected_noise_and_another_name_enter_what_they_should(case):
     objective, optimizer, batches, full, w, g, nabla, memory = prepared(case)
     plain = noise.budget(objective, optimizer, full, batches, N)
-    options = {"injected": (R, generators), "renamed": {"delta_as_shb": 0.4, "delta_as_nshb": 1.0}}
-    row = noise.budget(objective, optimizer, full, batches, N, **options)
-    u, own = np.array([slow_u(generators(i + 1)) for i in range(15)]), slow_u(generators())
-    d = w * g + memory
-    deltas, renamed = (0.05 * np.linalg.norm(d + u - ratio * nabla, axis=1) for ratio in (1, 0.4))
+    options, kept = {"injected": some_u, "renamed": {"delta_as_shb": 0.4, "delta_as_nshb": 1.0}}, []
+    row = noise.budget(objective, optimizer, full, batches, N, keep=kept.append, **options)
+    u = np.array([torch.cat([t.flatten() for t in some_u(i)]).numpy() for i in range(16)])
+    own, u, d = w * u[0], u[1:], w * g + memory
+    deltas, renamed = (0.05 * np.linalg.norm(d + w * u - ratio * nabla, axis=1) for ratio in (1, 0.4))
+    np.testing.assert_allclose(torch.stack(kept), g + u, rtol=1e-9)
     expected = {
-        "injected": R**2,
-        "noise_square": ((d + u - nabla) ** 2).sum(1).mean(),
+        "injected": (u**2).sum(1).mean(),
+        "fresh": w**2 * (g + u).var(axis=0, ddof=1).sum(),
+        "noise_square": ((d + w * u - nabla) ** 2).sum(1).mean(),
         "delta": deltas.mean(),
         "delta_se": deltas.std(ddof=1) / 15**0.5,
         "delta_as_shb": renamed.mean(),
@@ -257,8 +257,10 @@ def test_injected_noise_and_another_name_enter_what_they_should(case):
     assert numbers["noise_norm"] == pytest.approx(np.linalg.norm(d[0] + own - nabla))
     assert numbers["delta"] == numbers["delta_as_nshb"] == pytest.approx(0.05 * numbers["noise_norm"])
     assert numbers["delta_as_shb"] == pytest.approx(0.05 * np.linalg.norm(d[0] + own - 0.4 * nabla))
-    assert numbers["omega_mean"] == pytest.approx(omega.mean().item()) and numbers["injected"] == R**2
-    for key in ("direction_norm", "full_gradient_norm", "gradient_noise_norm", "cosine"):
+    assert numbers["omega_mean"] == pytest.approx(omega.mean().item())
+    assert numbers["injected"] == pytest.approx(own @ own / w**2)
+    assert numbers["direction_norm"] == pytest.approx(np.linalg.norm(d[0] + own))
+    for key in ("full_gradient_norm", "gradient_noise_norm"):
         assert numbers[key] == without[key]
 
 
@@ -362,6 +364,37 @@ def test_exact_memory_splits_as_sums_over_the_past_do(make):
     assert sum(found.values()) == pytest.approx(row["memory"], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("n", "b", "beta", "w"), [(64, 8, 0.9, 1.0), (100, 16, 0.9, 0.1), (30, 7, 0.5, 1.0), (9, 8, 0.8, 1.0)]
+)
+def test_memory_noise_of_weights_that_stand_still(n, b, beta, w):
+    """Against 4,000 simulated trainings: shuffled epochs of single numbers, the partial batch kept."""
+    rng, per_epoch, runs = np.random.default_rng(0), -(-n // b), 4000
+    x = rng.normal(size=n)
+    x -= x.mean()
+    v_b = (x**2).sum() / (n - 1) * (n - b) / n / b
+    memory, step, found = np.zeros(runs), 0, {}
+    while len(found) < 3 * per_epoch:
+        order = rng.permuted(np.tile(x, (runs, 1)), axis=1)
+        for k in range(per_epoch):
+            found[step] = (memory**2).mean() / v_b
+            memory = beta * (memory + w * order[:, k * b : (k + 1) * b].mean(1))
+            step += 1
+    for step, simulated in found.items():
+        exact = memory_noise_standing_still(n, b, step, beta, w)
+        assert simulated == pytest.approx(exact, rel=5 * (2 / runs) ** 0.5, abs=1e-12), step
+
+
+def test_memory_noise_of_weights_that_stand_still_is_what_the_definition_gives():
+    """docs/measuring.md's numbers; and 0 before the first update."""
+    late = [memory_noise_standing_still(64, 8, 8 * 100 + k, 0.9) for k in (0, 3, 7)]
+    assert late == pytest.approx([0.265, 1.57, 0.67], rel=0.01)
+    assert memory_noise_standing_still(100, 16, 7 * 100, 0.9) == pytest.approx(3.38, rel=0.002)
+    assert memory_noise_standing_still(64, 8, 0, 0.9) == 0 == memory_noise_standing_still(64, 8, 9, 0.0)
+    with pytest.raises(ValueError, match="b must be below n"):
+        memory_noise_standing_still(8, 8, 1, 0.9)
+
+
 # --- draws ---
 
 
@@ -376,6 +409,8 @@ def test_draws_must_be_alike():
     assert np.isnan(row["variance_se"])
     with pytest.raises(ValueError, match="two or more"):
         augmentation(objective, [((x, y), (x, y))])
+    with pytest.raises(ValueError, match="one tensor for each of the objective's parameters"):
+        noise.batch_noise(objective, optimizer, (x, y), torch.cat([t.flatten() for t in full]))
 
 
 def test_augmentation_s_part_by_listing_all_of_it():
@@ -412,11 +447,25 @@ def test_draws_of_a_loader_are_independent_and_those_of_one_pass_are_not():
     def variances(draws):
         return np.array([noise.budget(objective, optimizer, full, draws(), N)["variance"] for _ in range(200)])
 
-    independent, one_pass = variances(lambda: list(draw(loader, 3))), variances(lambda: list(loader))
+    moving = torch.Generator().manual_seed(0)
+    independent, one_pass = variances(lambda: list(draw(loader, 3, moving))), variances(lambda: list(loader))
     assert abs(independent.mean() - truth) < 4 * independent.std() / 200**0.5
     assert abs(one_pass.mean() - truth * N / (N - B)) < 4 * one_pass.std() / 200**0.5
-    with pytest.raises(ValueError, match="a loader that shuffles"):
-        next(draw(DataLoader(TensorDataset(x, y), batch_size=B), 3))
+    before = torch.get_rng_state()
+    for _ in range(2):  # within a measurement, which puts the random state back, draws go on all the same
+        with objective.unchanged():
+            drawn = [tuple(batch[1].tolist()) for batch in draw(loader, 40, moving)]
+        assert len(set(drawn)) > 15 and drawn[:5] != [tuple(batch[1].tolist()) for batch in draw(loader, 5, moving)]
+    assert torch.equal(before, torch.get_rng_state())
+    shuffled = DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(RandomSampler(x), B, drop_last=False))
+    assert len({tuple(batch[1].tolist()) for batch in draw(shuffled, 40, moving)}) > 15
+    for bad, message in [
+        (DataLoader(TensorDataset(x, y), batch_size=B), "a loader that shuffles"),
+        (DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(range(6), B, False)), "4 times the same batch"),
+        (iter(loader), "need a DataLoader"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            noise.budget(objective, optimizer, full, draw(bad, 4, moving), N)
 
 
 # --- one batch's ω ---
@@ -477,10 +526,12 @@ def test_omega_is_what_the_step_does_less_the_full_gradient_of_what_it_moves(nam
     assert row["full_gradient_norm"] == pytest.approx(numbers["full_gradient_norm"], rel=1e-6)
 
 
-def test_statistics_equal_scipy_s():
+def test_statistics_of_omega():
     omega = (np.random.default_rng(0).gamma(2, 1, 10_001) * 1e-3).astype(np.float32)
     x, found = omega.astype(np.float64), noise.statistics(omega)
-    expected = {"mean": x.mean(), "std": x.std(), "skewness": stats.skew(x), "excess_kurtosis": stats.kurtosis(x)}
+    z = (x - x.mean()) / ((x - x.mean()) ** 2).mean() ** 0.5
+    expected = {"mean": x.sum() / len(x), "std": ((x - x.mean()) ** 2).mean() ** 0.5}
+    expected |= {"skewness": (z**3).mean(), "excess_kurtosis": (z**4).mean() - 3}
     assert found == pytest.approx({f"omega_{key}": value for key, value in expected.items()})
     constant = noise.statistics(np.zeros(5, np.float32))
     assert constant["omega_std"] == 0

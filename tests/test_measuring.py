@@ -1,5 +1,7 @@
 """What is measured at a step: when, its rows against slow twins, and that training does not notice."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_experiments import textbook
 
 from arguments import MEASURES, OPTIMIZERS
 from measure.quantities import QUANTITIES, quantity
+from training.loop import Training
 from training.record import MEASUREMENTS
 
 
@@ -172,6 +175,57 @@ def test_delta_and_variance_are_those_of_the_draws(train, mnist1d_dir, optimizer
         assert row["noise_square"] == pytest.approx((norms**2).mean().item(), rel=1e-5)
         assert row["memory"] == pytest.approx((memory - (1 - w) * full).norm().item() ** 2, rel=1e-5)
         assert ("noise_norm" in row) == (b == 128)
+
+
+def test_recalibrated_accuracy_against_a_slow_twin(mnist1d_dir):
+    """Means of the batches' means and unbiased variances, caught at every BatchNorm's input; float64 evaluation."""
+    run = start(mnist1d_dir, "--model", "ConvNet1d", "--batchsize", 100, "--epochs", 1)
+    list(run.windows(40))
+    found, before = run.evaluate(), copy.deepcopy(run.model.state_dict())
+    model, seen = copy.deepcopy(run.model).double().train(), {}
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda m, inputs: seen.setdefault(m, []).append(inputs[0].detach()))
+    with torch.no_grad():
+        for x, _ in run.data.for_batchnorm(40, 5000, 1000):
+            model(x.double())
+        for norm in norms:
+            channels = [x.transpose(0, 1).flatten(1) for x in seen[norm]]
+            assert len(channels) == 4
+            norm.running_mean = torch.stack([c.mean(1) for c in channels]).mean(0)
+            norm.running_var = torch.stack([c.var(1) for c in channels]).mean(0)
+        logits = model.eval()(run.data.x_test.double())
+    assert found["test_loss_recalibrated"] == pytest.approx(F.cross_entropy(logits, run.data.y_test).item(), rel=1e-5)
+    hits = (logits.argmax(1) == run.data.y_test).double().mean().item()
+    assert found["accuracy_recalibrated"] == pytest.approx(100 * hits, abs=0.03)
+    assert abs(found["accuracy_recalibrated"] - found["accuracy"]) > 1
+    assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
+
+
+def test_recalibrated_accuracy_is_the_plain_one_where_weights_stand_still(train):
+    argv = ("--model", "ConvNet1d", "--batchsize", 1000, "--epochs", 15, "--lr", "1e-9")
+    results = summary(train(*argv)[1])["results"]
+    assert results["accuracy_recalibrated"] == pytest.approx(results["accuracy"], abs=0.3)
+    assert results["test_loss_recalibrated"] == pytest.approx(results["test_loss"], rel=0.01)
+
+
+def test_when_accuracy_is_recalibrated(train, monkeypatch):
+    argv = ("--model", "ConvNet1d", "--batchsize", 500, "--epochs", 3)
+    _, plain = train(*argv, "--name", "plain", "--measure_every", 1)
+    _, every = train(*argv, "--name", "every", "--recalibrate")
+    given = [[bool(row["accuracy_recalibrated"]) for row in rows(directory)] for directory in (plain, every)]
+    measured = {row["steps"] for row in rows(plain, "measurements")}
+    assert given[0] == [row["steps"] in measured for row in rows(plain)] and given[0].count(False) == 2
+    assert given[1] == [True] * 3 and all(row["accuracy_recalibrated"] for row in rows(plain, "measurements"))
+    a, b = (torch.load(directory / "checkpoint.pt")["model"] for directory in (plain, every))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    last = [summary(directory)["results"]["accuracy_recalibrated"] for directory in (plain, every)]
+    assert last[0] == last[1] == float(rows(every)[-1]["accuracy_recalibrated"])
+    tests, tested = [], Training._tested
+    monkeypatch.setattr(Training, "_tested", lambda run: tests.append(run.step) or tested(run))
+    _, without = train("--batchsize", 500, "--epochs", 3, "--recalibrate")  # an MLP: no BatchNorm
+    assert tests == [8, 16, 24] and not any(row["accuracy_recalibrated"] for row in rows(without))
+    assert "accuracy_recalibrated" not in summary(without)["results"]
 
 
 @pytest.mark.parametrize("optimizer", ["shb", "nshb"])

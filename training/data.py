@@ -17,7 +17,7 @@ import datasets
 from datasets import DATASETS, Spec
 
 SHUFFLING, MEASURING, DRAWING, PAIRING = 1, 2, 3, 4  # streams of random numbers: measuring never changes training
-SMOOTHING, PROBING, INJECTING = 5, 6, 7
+SMOOTHING, PROBING, INJECTING, RECALIBRATING = 5, 6, 7, 8
 BLOCK = 1024  # inputs gathered at once: at small batches the launches of a block serve many steps
 
 
@@ -67,9 +67,22 @@ class Data:
             order = rng.permutation(self.size)[:batchsize]
             yield tuple(next(self._batches(rng, order, batchsize)) for _ in range(2))
 
-    def probe(self, count: int, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`count` training inputs in batches, augmented once: the same at every step, for every optimizer."""
-        return self._pass((self.seed, PROBING), batchsize, size=count)
+    def independent(self, step: int, batchsize: int, draw: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Two independent batches for the noise to inject: at a step, or for a draw there, by its number from 1 on."""
+        rng = np.random.default_rng((self.seed, INJECTING, step, draw))
+        for _ in range(2):
+            order = rng.choice(self.size, batchsize, replace=False)  # does not take longer with more images
+            yield next(self._batches(rng, order, batchsize))
+
+    def probe(self, count: int, batchsize: int) -> list[list[tuple[Tensor, Tensor]]]:
+        """`count` training inputs in two disjoint halves, each in batches, augmented once: the same in every run."""
+        (x, y), half = next(self._pass((self.seed, PROBING), count, size=count)), count // 2
+        parts = (x[:half], y[:half]), (x[half:], y[half:])
+        return [list(zip(x.split(batchsize), y.split(batchsize), strict=True)) for x, y in parts]
+
+    def for_batchnorm(self, step: int, count: int, batchsize: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`count` training inputs in batches, augmented, for new running statistics at a step."""
+        return self._pass((self.seed, RECALIBRATING, step), batchsize, size=count)
 
     def generator(self, *key: int) -> torch.Generator:
         """A new generator of torch's on the device, seeded from (seed, *key); on the CPU torch uses 32 bits of it."""

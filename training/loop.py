@@ -10,20 +10,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 import models
 import shb
-from arguments import ENDLESS, OPTIMIZERS
-from measure.draws import isotropic
-from measure.gradients import gradient_norm, unchanged
+from arguments import ENDLESS, FULL_GRAD_BATCHSIZE, OPTIMIZERS
+from measure.gradients import Objective, gradient_norm, has_batchnorm, unchanged
 from models.recomputed import save_memory
-from training.data import INJECTING, Data
+from training.data import Data
 from training.graphed import Graphed
+from training.injection import Injection
 from training.measuring import Measuring
-from training.record import Record
+from training.record import EVALUATED, Record
 from training.stopping import running_sums
 from utils import Signals
 
+RECALIBRATED = 5000  # training images for BatchNorm's statistics, or all if fewer
 WINDOW = 200  # steps between two readings of the device, at most
 
 
@@ -92,7 +94,7 @@ class Training:
         self.model = models.build(args.model, data.spec.classes).to(data.device, memory_format=data.layout)
         if args.save_memory:
             save_memory(self.model)
-        self.params = list(self.model.parameters())
+        self.params, self.loss = list(self.model.parameters()), F.cross_entropy
         options = {name: getattr(args, flag) for name, flag in OPTIMIZERS[args.optimizer].items()}
         self.optimizer = getattr(shb, args.optimizer.upper())(self.params, lr=args.lr, **options)
         self.train_step = self.eager_step
@@ -103,7 +105,9 @@ class Training:
         self.total, self.epoch, self.results, self.evaluated = Sums(), Sums(), {}, {}
         self.outcome, self.diverged_at = None, None
         self.window = []  # of each step since the last row: loss, ‖g_t‖, hits, still on the device
+        self.injection = Injection(self) if args.inject else None
         self.measuring = Measuring(self)
+        self.has_batchnorm = has_batchnorm(self.model)
         self.next_checkpoint = time.monotonic() + args.checkpoint_every
 
     # --- the loop ---
@@ -219,28 +223,17 @@ class Training:
             p.grad = None  # as zero_grad does, without its hooks: they take a twentieth of the MLP's step
         with self.autocast():
             logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
+            loss = self.loss(logits, y)
         loss.backward()
+        if self.injection:
+            self.injection.add()
         norm = gradient_norm([p.grad for p in self.params])
-        self.update()
+        self.optimizer.update()
         return loss.detach(), norm, (logits.argmax(1) == y).sum()
 
-    def update(self) -> None:
-        """x ← x − η (d_t + u_t), with the gradients now held; u_t is the noise of --injected_noise."""
-        self.optimizer.step()
-        if self.args.injected_noise:
-            self.inject()
-
-    @torch.no_grad()
-    def inject(self) -> None:
-        """x ← x − η u_t, for what a step moves. Momentum never sees u_t."""
-        moved = [p for p in self.params if p.grad is not None]
-        u = isotropic(moved, self.args.injected_noise, self.noise_generator())
-        torch._foreach_add_(moved, u, alpha=-self.args.lr)
-
-    def noise_generator(self, *draw: int) -> torch.Generator:
-        """That of u_t, at the present step, or of the u of a draw there, by its number from 1 on."""
-        return self.data.generator(INJECTING, self.step, *draw)
+    def objective(self, **options) -> Objective:
+        """What training descends on, for measuring; options: as of Objective."""
+        return Objective(self.model, self.loss, **options)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of forward passes: bfloat16 where that is safe under --precision bf16, else untouched."""
@@ -256,23 +249,43 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """`accuracy` (%) and mean `test_loss` of the test data, in evaluation mode. A loss not finite ends the run."""
+        """`accuracy` (%) and mean `test_loss` of the test data, in evaluation mode. A loss not finite ends the run.
+
+        With BatchNorm also both with recalibrated statistics: at each evaluation with --recalibrate, else where ω is
+        measured and at the end.
+        """
         if self.evaluated.get("steps") != self.step:
-            totals = torch.zeros(2, device=self.data.device)
-            images = len(self.data.spec.shape) == 3  # vectors are small: a small batch of them is all overhead
-            size = min(max(self.args.batchsize, 100), 1000) if images else 5000
             with unchanged(self.model, training=False), self.autocast():
-                for x, y in self.data.test(size):
-                    self.check_signals()
-                    logits = self.model(x).float()
-                    loss = F.cross_entropy(logits, y, reduction="sum")
-                    totals += torch.stack([(logits.argmax(1) == y).sum(), loss])
-            hits, loss = totals.tolist()
-            n = len(self.data.y_test)
-            self.evaluated = {"steps": self.step, "accuracy": 100 * hits / n, "test_loss": loss / n}
+                accuracy, loss = self._tested()
+            self.evaluated = {"steps": self.step, "accuracy": accuracy, "test_loss": loss}
             if not np.isfinite(loss):
                 self.stop("diverged", self.step + 1)
-        return {name: self.evaluated[name] for name in ("accuracy", "test_loss")}
+        last = self.step >= self.last or self.outcome == "finished"
+        wanted = self.has_batchnorm and (self.args.recalibrate or last or self.measuring.due())
+        if wanted and "accuracy_recalibrated" not in self.evaluated and self.outcome != "diverged":
+            self.evaluated |= self._recalibrated()
+        return {name: value for name, value in self.evaluated.items() if name != "steps"}
+
+    def _recalibrated(self) -> dict[str, float]:
+        """As `evaluate`, with BatchNorm's statistics the mean over forward passes at the present weights [Izmailov
+        2018]: running ones lag behind. Of RECALIBRATED training images in chunks of 1,000.
+        """
+        with unchanged(self.model, training=True), self.autocast():
+            batches = self.data.for_batchnorm(self.step, RECALIBRATED, FULL_GRAD_BATCHSIZE)
+            update_bn((x for x, _ in batches), self.model)
+            self.model.eval()
+            accuracy, loss = self._tested()
+        return {"accuracy_recalibrated": accuracy, "test_loss_recalibrated": loss}
+
+    def _tested(self) -> tuple[float, float]:
+        totals, n = torch.zeros(2, device=self.data.device), len(self.data.y_test)
+        images = len(self.data.spec.shape) == 3  # vectors are small: a small batch of them is all overhead
+        for x, y in self.data.test(min(max(self.args.batchsize, 100), 1000) if images else 5000):
+            self.check_signals()
+            logits = self.model(x).float()
+            totals += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
+        hits, loss = totals.tolist()
+        return 100 * hits / n, loss / n
 
     def _log(self, window: Window | None, measured: list[dict]) -> None:
         """One row of metrics.csv (none before the first step), and what was measured at the present step."""
@@ -293,7 +306,7 @@ class Training:
             "ave-norm": self.total.norm / self.total.steps,
         }
         evaluated = self.evaluated if self.evaluated.get("steps") == end and self.outcome != "diverged" else {}
-        row |= {name: evaluated.get(name) for name in ("accuracy", "test_loss")}
+        row |= {name: evaluated.get(name) for name in EVALUATED}
         self.record.log(row, measured, say=self.evaluation_due or self.outcome is not None)
 
     # --- checkpoints ---
@@ -314,6 +327,7 @@ class Training:
             "epoch": asdict(self.epoch),
             "results": self.results,
             "measuring": self.measuring.state_dict(),
+            "injection": self.injection.scale_of_epoch if self.injection else None,
         }
         self.record.save_checkpoint(content)
         self.next_checkpoint = time.monotonic() + self.args.checkpoint_every
@@ -330,3 +344,5 @@ class Training:
         self.step, self.results = content["step"], content["results"]
         self.total, self.epoch = Sums(**content["total"]), Sums(**content["epoch"])
         self.measuring.load_state_dict(content["measuring"])
+        if self.injection:
+            self.injection.scale_of_epoch = content["injection"]

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ from arguments import ENDLESS, OPTIMIZERS, measures, planned_steps
 from measure.draws import augmentation, flat
 from measure.gradients import VALUE, Objective
 from measure.noise import batch_noise, budget
-from measure.optimizers import ExactMemory, affine
+from measure.optimizers import ExactMemory, affine, direction
 from measure.quantities import INDEX
 from measure.shape import shape
 from measure.sharpness import PROBES, PRODUCT, QUADRATIC, sharpness
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from training.loop import Training
 
 PROBE_CHUNK = 250  # probe images at once: a product with the Hessian holds several times what a gradient does
+VECTOR_CHUNK = 1000  # the same of vectors, whose networks are so small that a chunk is mostly overhead
 BATCHES = 32  # mini-batches for batch sharpness, and displacements for average sharpness, in mirrored pairs
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -39,7 +41,7 @@ class Measuring:
 
     def __init__(self, run: "Training"):
         self.run, self.args, self.on = run, run.args, measures(run.args)
-        self.memory = ExactMemory(Objective(run.model), run.optimizer) if self.on and run.args.exact_memory else None
+        self.memory = ExactMemory(run.objective(), run.optimizer) if self.on and run.args.exact_memory else None
         self.fed = -1  # the last step whose full gradient the exact memory has taken in
 
     # --- when ---
@@ -68,8 +70,8 @@ class Measuring:
             return
         run = self.run
         if self.fed != run.step - 1:
-            self.memory = ExactMemory(Objective(run.model), run.optimizer)
-        objective = Objective(run.model, between=lambda images: run.check_signals())
+            self.memory = ExactMemory(run.objective(), run.optimizer)
+        objective = run.objective(between=lambda images: run.check_signals())
         with run.autocast():
             chunks = run.data.full_pass(run.step, self.args.full_grad_batchsize)
             self.memory.add(objective.full_gradient(chunks, run.data.size))
@@ -87,8 +89,9 @@ class Measuring:
         progress = Progress(run, self.cost())
         try:
             for mode in self.args.measure_batchnorm:
-                objective = Objective(run.model, training=mode == "train", between=progress.before)
-                found = self._measure_in(objective, mode)
+                objective = run.objective(training=mode == "train", between=progress.before)
+                with objective.unchanged():  # once, and not for each of a thousand passes
+                    found = self._measure_in(objective, mode)
                 if found is None:
                     run.stop("diverged", run.step + 1)
                     return []
@@ -105,8 +108,8 @@ class Measuring:
         """As `measure`, in one of BatchNorm's modes."""
         run, args, data = self.run, self.args, self.run.data
         known = {"renamed": self._renamed()}
-        if args.injected_noise:
-            known["injected"] = (args.injected_noise, run.noise_generator)
+        if run.injection:
+            known["injected"] = run.injection.noise
         with run.autocast():
             full = objective.full_gradient(data.full_pass(run.step, args.full_grad_batchsize), data.size)
             own, omega = batch_noise(objective, run.optimizer, run.next_batch(), full, **known)
@@ -162,16 +165,19 @@ class Measuring:
         run, args, found = self.run, self.args, {}
         if not {"smoothing", "sharpness"} & set(args.measure):
             return found
-        probe = list(run.data.probe(args.probe_images, PROBE_CHUNK))
+        halves = run.data.probe(args.probe_images, VECTOR_CHUNK if len(run.data.spec.shape) == 1 else PROBE_CHUNK)
         found["probe_images"] = args.probe_images
         if "smoothing" in args.measure:
-            injected = args.injected_noise
             generator = run.data.generator(SMOOTHING, run.step)
-            found |= smoothing(objective, probe, run.optimizer, full, kept, generator, injected)
+            found |= smoothing(objective, halves, run.optimizer, full, kept, generator)
         if "sharpness" in args.measure:
             batches = run.data.draws(run.step, args.batchsize, BATCHES)
             generator = run.data.generator(PROBING, run.step)
-            found |= sharpness(objective, probe, batches, delta, BATCHES // 2, generator)
+            g = objective.gradient(run.next_batch())
+            g = torch._foreach_add(g, run.injection.noise()) if run.injection else g
+            d = direction(run.optimizer, dict(zip(objective.params, g, strict=True)))
+            along = {"direction": [d[p] for p in objective.params], "gradient": g}
+            found |= sharpness(objective, halves, batches, delta, BATCHES // 2, generator, along)
         return found
 
     def cost(self) -> float:
@@ -204,11 +210,11 @@ def landscape_cost(args: Namespace) -> float:
     """As `Measuring.cost`, of smoothing and sharpness."""
     cost = 0.0
     if "smoothing" in args.measure:
-        cost += args.probe_images * (VALUE * 3 * (args.draws + 1) + QUADRATIC * (args.draws // 2 + PROBES))
+        cost += args.probe_images * (VALUE * 3 * (args.draws + 1) + QUADRATIC * (args.draws // 2 + PROBES) + 1)
     if "sharpness" in args.measure:
         products = 30  # with the Hessian until λ_max is known, about
-        cost += args.probe_images * (VALUE * (BATCHES + 1) + QUADRATIC * PROBES + PRODUCT * products)
-        cost += PRODUCT * BATCHES * args.batchsize
+        cost += args.probe_images * (VALUE * (BATCHES + 1) + QUADRATIC * (PROBES + 2) + PRODUCT * products)
+        cost += PRODUCT * BATCHES * args.batchsize + args.batchsize
     return cost
 
 

@@ -25,11 +25,12 @@ from measure.quantities import INDEX, MEASURED, columns
 from training.dashboard import Dashboard
 from utils import UserError, environment, out_of_memory, plain, read_json, replacing, warn, write_json
 
+EVALUATED = ("accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated")
 METRICS = (
     *("steps", "epoch", "training_loss", "training_acc", "g-norm", "min_g-norm", "max_g-norm", "ave-norm"),
-    *("accuracy", "test_loss", "seconds"),
+    *(*EVALUATED, "seconds"),
 )
-MEASUREMENTS = (*INDEX, *columns(*MEASURED), "accuracy", "test_loss")
+MEASUREMENTS = (*INDEX, *columns(*MEASURED), *EVALUATED)
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 FORMAT = (5, METRICS, MEASUREMENTS)  # of a checkpoint; to continue from it is to add to files of these columns
 EXTENSIBLE = {"epochs", "max_steps", "eps"}  # a resumed run can be given more of these
