@@ -50,10 +50,9 @@ def crossings(runs, min_epochs=None):
 def steps_to_eps(runs, min_epochs=None):
     """Return one row a curve, min_epochs, ε and b: steps to ε and SFO complexity = steps × b, over seeds.
 
-    seeds, and how many of them reached ε, missed it, diverged before, had it at the first check, where steps are an
-    upper bound, or after they fitted their data, where steps·ε is constant. A seed that missed ε enters with the steps
-    it made: the row is a lower bound. published: the paper's steps, and ratio, ours over them, where all reached ε.
-    log_sfo: less what a seed adds at every b alike, which moves no minimum, so that its errors are of shape alone.
+    seeds, and how many of them reached ε, missed it (and enter with the steps they made, a lower bound), diverged
+    before, had it at the first check, an upper bound, or after they fitted their data. log_sfo: less what a seed
+    adds at every b alike, which moves no minimum. ratio: to the published steps, where all reached ε.
     """
     table = crossings(runs, min_epochs)
     if table.empty:
@@ -105,8 +104,7 @@ def redraw(x, y, error, freedom, seed=0):
     if not freedom:
         return np.full(REDRAWS, np.nan)
     error = np.maximum(error, np.sqrt(left @ left / max(1, len(x) - 4)))
-    t = np.random.default_rng(seed).standard_t(freedom, (REDRAWS, len(x)))
-    return minimum(x, (y + error * t).T)
+    return minimum(x, (y + error * np.random.default_rng(seed).standard_t(freedom, (REDRAWS, len(x)))).T)
 
 
 def interval(redraws):
@@ -118,14 +116,9 @@ def interval(redraws):
 def b_star(steps, rows=None):
     """Return one row a curve, min_epochs and ε: the critical batch size, of the lowest mean SFO complexity.
 
-    Sizes count at which every seed reached ε, and not at the first check; two at least. b_star: the best, the paper's
-    number, after `updates`; alike: those not told from it, by t at 5 %. b_star_fit: minimum of a cubic of mean log SFO
-    over log2 b through the best and three sizes on each side, fewer where there are fewer, two at least. _low, _high:
-    95 % interval, the union of those through three and two on each side, so that it holds for steep curves too; open
-    where it leaves the sizes; without a fit, bounds: the next sizes known to need more. inside: there are such.
-    redraws: of log2 b*. OF_FITS, fits_low, _high: by other fits. note: why it is no result, and is not fitted.
-    c_squared_from_b_star, _fit, _fit_low, _fit_high: C² from these by the formula. c_squared_run, _at_eps, _max:
-    measured at b_star, from `records.measurements`: mean up to ε, last, largest; b_star_formula: b* from that mean.
+    Sizes count at which every seed reached ε, and not at the first check; two at least. Columns: docs/measuring.md.
+    And inside: sizes on both sides are known to need more than the best; updates: to ε there; redraws: of log2 b*;
+    note: why it is no result. `rows`, of `records.measurements`, are where C² was measured.
     """
     found = []
     for _, grid in steps.groupby(KEY[:-1], dropna=False, sort=False) if len(steps) else ():
@@ -202,8 +195,7 @@ def _c_squared(star, rows):
 def power(stars):
     """Return one row a curve and min_epochs of `b_star` with two fitted ε at least: the power p of b* ~ (1/ε)^p.
 
-    p: slope of log b* over log 1/ε. power_low, power_high: 95 % interval by the redraws of each ε, as if the ε were
-    independent. fits_low, fits_high: the range by other fits. argmin: by the paper's b*.
+    power_low, power_high: by the redraws of each ε, as if the ε were independent. argmin: by the paper's b*.
     """
     rows = []
     known = stars.dropna(subset="b_star_fit") if len(stars) else stars

@@ -19,10 +19,7 @@ KINDS = {
     "excess_gaussian": ("Gaussian, same covariance", "s", "#E69F00", "excess_predicted"),
     "excess_isotropic": ("Gaussian, isotropic, same length", "^", "#CC79A7", "excess_predicted_isotropic"),
 }
-PREDICTORS = {
-    **{"delta": "δ measured", "temperature": "temperature η_eff (V_b + E‖u‖²)", "lr_over_b": "η_eff/b"},
-    "lambda_max": "largest eigenvalue λ_max",
-}
+PREDICTORS = {"delta": "δ measured", "temperature": "temperature", "lr_over_b": "η_eff/b", "lambda_max": "λ_max"}
 STYLE = {
     **{"font.size": 9, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
@@ -147,13 +144,9 @@ def sfo(steps, stars):
     fig, axes = _panels("Which batch size needs the fewest gradients to reach ε?", len(shown), 3)
     for ax, eps in zip(axes, shown, strict=True):
         for name, look, rows in _curves(steps[steps["eps"] == eps]):
-            at_once, whole = rows[rows["at_first_check"] > 0], rows[rows["reached"] == rows["seeds"]]
-            whole = whole.drop(at_once.index, errors="ignore")
-            _band(ax, whole, "b", "sfo", **look, label=name)
-            missed = rows[(rows["reached"] < rows["seeds"]) & rows["sfo_mean"].notna()].drop(
-                at_once.index, errors="ignore"
-            )
-            for bounds, marker in ((missed, r"$\uparrow$"), (at_once, r"$\downarrow$")):
+            at_once, missed = rows["at_first_check"] > 0, rows["reached"] < rows["seeds"]
+            _band(ax, rows[~at_once & ~missed], "b", "sfo", **look, label=name)
+            for bounds, marker in ((rows[missed & ~at_once], r"$\uparrow$"), (rows[at_once], r"$\downarrow$")):
                 ax.plot(bounds["b"], bounds["sfo_mean"], linestyle="", marker=marker, ms=8, color=look["color"])
             best = stars[(stars["curve"] == rows["curve"].iloc[0]) & (stars["eps"] == eps)] if len(stars) else stars
             for star in best[best["note"] == ""].to_dict("records") if len(best) else ():

@@ -16,10 +16,7 @@ RESAMPLES = 2000
 def trajectories(runs):
     """Return one row a trajectory: its fit (updates; no value: it did not fit), accuracy, and what may predict it.
 
-    Measured numbers are means over the measured steps from epoch 1 to the fit, or to the end without one;
-    delta_formula has the largest C² and ‖∇f‖ there. accuracy: mean of the evaluations in the last tenth of these
-    updates, recalibrated where there is BatchNorm; gap: training accuracy there, less that. lr_eff: η/(1 − β) for SHB,
-    η for the others. temperature: lr_eff (V_b + E‖u‖²), u being injected noise. lr_over_b: lr_eff/b.
+    All as in docs/measuring.md, up to the end without a fit. lr_over_b: lr_eff/b.
     """
     curves, rows = records.curves(runs), own(records.measurements(runs))
     rows = rows[(rows["batchnorm"] == rows["batchnorm"].max()) & (rows["epoch"] >= 1)]  # eval < train
@@ -51,7 +48,7 @@ def trajectories(runs):
 def settings(runs):
     """Return one row a setting (optimizer, η, b, β, injection): `trajectories` over seeds, as `over_seeds`.
 
-    fits: whether every seed fits. A setting that does not stands here, and outside of `table` and of the figure.
+    fits: whether every seed does. A setting that does not stands outside of `table` and of the figure.
     """
     rows = trajectories(runs).assign(fitted=lambda rows: rows["fit"].notna())
     table = over_seeds(rows, KEY, ["fit", "accuracy", "gap", *PREDICTORS])
@@ -62,10 +59,8 @@ def settings(runs):
 def table(points):
     """Return one row a predictor, of the settings that fit and have it; four at least.
 
-    rank_correlation: Spearman's ρ, for a monotone relation. peak: place of the maximum of a quadratic in the
-    predictor's log, if inside the range, with 95 % interval _low to _high by resampling settings, ten or more; an end
-    that leaves the range is open. r_squared: of the quadratic. left_out: R² about the mean of all, each optimizer
-    predicted from the others; extrapolated: how many of these settings lay outside their range.
+    peak: place of the maximum of a quadratic in the predictor's log, if inside the range, with 95 % interval _low to
+    _high by resampling settings, ten or more; an end that leaves the range is open.
     """
     rows = []
     for name in PREDICTORS:
@@ -79,9 +74,9 @@ def table(points):
             drawn = np.sort(np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x))))
             ends = np.quantile([minimum(x[i], -y[i], 2) for i in drawn], [0.025, 0.975])
         row = {"predictor": name, "settings": len(x), "rank_correlation": stats.spearmanr(x, y).statistic}
-        row |= {"inside": bool(x[0] < peak < x[-1]), "peak_low": np.exp(ends[0]) if ends[0] > x[0] else np.nan}
-        row |= {"peak": np.exp(peak) if row["inside"] else np.nan}
-        row |= {"peak_high": np.exp(ends[1]) if ends[1] < x[-1] else np.nan}
+        places = {"peak": peak, "peak_low": ends[0], "peak_high": ends[1]}
+        row |= {key: np.exp(at) if x[0] < at < x[-1] else np.nan for key, at in places.items()}
+        row["inside"] = bool(x[0] < peak < x[-1])
         row["r_squared"] = np.corrcoef(np.polyval(np.polyfit(x, y, 2), x), y)[0, 1] ** 2
         rows.append(row | left_out(x, y, known["optimizer"].to_numpy()))
     return pd.DataFrame(rows)

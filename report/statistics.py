@@ -35,8 +35,7 @@ def fits(curves):
 
 
 def measured(rows, quantity):
-    """Return the whole rows of `records.measurements` that hold `quantity` (or each of several), once a trajectory
-    and place.
+    """Return the whole rows of `records.measurements` that hold `quantity`, or each of several, once a place (PLACE).
 
     Of two runs of one trajectory the row from more draws stays; no row is put together from both.
     """
@@ -97,17 +96,13 @@ def paired(rows, others, quantity):
     """Return difference `rows` − `others` of a quantity, paired by seed: mean, 95 % t interval, seeds; see `level`."""
     one, other = (table.set_index("seed")[quantity].dropna() for table in (rows, others))
     differences = (one - other).dropna()
-    n = len(differences)
-    mean, error = differences.mean(), differences.std() / np.sqrt(n)
-    half = error * stats.t.ppf(0.975, n - 1) if n > 1 else np.nan
-    return {"difference": mean, "low": mean - half, "high": mean + half, "se": error, "seeds": n}
+    mean, error = differences.mean(), differences.sem()
+    half = error * stats.t.ppf(0.975, max(1, len(differences) - 1))  # of one seed there is no error
+    return {"difference": mean, "low": mean - half, "high": mean + half, "se": error, "seeds": len(differences)}
 
 
 def level(rows, others, quantity, margin=0.5):
     """Return p of "they differ by `margin` or more", paired by seed: level if p < 0.05 (two one-sided t tests)."""
     found = paired(rows, others, quantity)
-    if found["seeds"] < 2:
-        return np.nan
     with np.errstate(divide="ignore"):  # no spread at all: surely inside, or surely not
-        t = np.float64(abs(found["difference"]) - margin) / found["se"]
-    return stats.t.cdf(t, found["seeds"] - 1)
+        return stats.t.cdf(np.divide(abs(found["difference"]) - margin, found["se"]), max(1, found["seeds"] - 1))
