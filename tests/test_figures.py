@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from recorded import measurement, read, record, smoothing, study
 
 import figures
-from report import critical, page, records
+from report import critical, page, plots, records
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +136,19 @@ def test_sfo_over_b_with_b_star_and_lower_bounds(drawn):
         rings = marks(ax, "#000000", marker="o")
         assert rings == list(zip(stars["b_star"], stars["sfo"], strict=True)) and len(rings) == 3
     assert any(made["steps"]["missed"] > 0)
+
+
+def test_upper_bounds_the_interval_of_b_star_and_none_that_is_no_result(drawn):
+    made, _, _ = drawn
+    steps, stars = made["steps"].query("label == 'SGD' and eps == 1.2"), made["critical_batch_size"]
+    stars = stars.query("label == 'SGD' and eps == 1.2").assign(b_star_fit_low=70.0, b_star_fit_high=130.0)
+    steps = steps.assign(at_first_check=[0, 0, 0, 1])
+    (ax,) = plots.sfo(steps, stars).axes
+    assert marks(ax, COLORS["SGD"], marker=r"$\downarrow$") == [(400, steps["sfo_mean"].iloc[-1])]
+    assert line(ax, "SGD")[0] == steps["b"].tolist()[:3] and len(marks(ax, "#000000", marker="o")) == 1
+    bar = [[70, stars["sfo"].item()], [130, stars["sfo"].item()]]
+    assert bar in [segment.tolist() for each in ax.collections[1:] for segment in each.get_segments()]
+    assert not marks(plots.sfo(steps, stars.assign(note="after the fit")).axes[0], "#000000", marker="o")
 
 
 def test_delta_over_b_measured_and_by_the_formula(drawn):

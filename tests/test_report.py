@@ -285,6 +285,7 @@ def test_differences_are_paired_by_seed_and_level_is_a_test_of_equivalence():
     assert level(rows, others, "q", 1.15) == pytest.approx(
         0.0608, abs=2e-4
     )  # t = −0.15 · √3/0.1, 2 degrees of freedom
+    assert level(others, rows, "q", 1.15) == pytest.approx(level(rows, others, "q", 1.15))
     assert math.isnan(level(rows[:1], others, "q"))
     rng, level_at_margin = np.random.default_rng(0), 0
     for _ in range(400):  # at the margin itself one in twenty may be called level
@@ -498,6 +499,17 @@ def test_what_a_seed_adds_at_every_b_widens_nothing_and_one_seed_gives_no_interv
     assert row["b_star_fit"] > 0 and math.isnan(row["b_star_fit_low"]) and math.isnan(row["b_star_fit_high"])
 
 
+def test_two_sizes_are_told_apart_as_by_the_paired_t_test():
+    rng, found = np.random.default_rng(0), set()
+    for _ in range(60):
+        table = simulated(lambda x: 0.1 * x, np.array([4, 8]), rng, 0.03, 3)
+        low, high = table["log_sfo_mean"]
+        alike = abs(high - low) <= T[2] * 2 * table["log_sfo_se"][0]  # half of a difference is each seed's residual
+        assert (one(critical.b_star(table))["alike"] == "4 8") == alike
+        found.add(alike)
+    assert found == {True, False}
+
+
 def test_the_power_of_eps_and_c_squared_beside_what_is_measured():
     """b* = 128/ε²; C² is measured up to ε alone."""
     rng = np.random.default_rng(0)
@@ -529,14 +541,15 @@ def test_a_b_star_that_says_nothing_is_marked_and_not_fitted(column, value, note
 
 
 def test_steps_after_the_fit_are_counted_and_their_product_with_eps_is_constant(tmp_path):
-    norms = np.r_[np.full(400, 2.0), np.zeros(4000)]
-    for b in (100, 200):
+    for b, seed in ((100, 0), (200, 0), (100, 1), (200, 1)):
+        norms = np.r_[np.full(400 * (seed + 1), 2.0), np.zeros(8000)]
         fit = {"steps": 10 * 4000 // b, "training_loss": 0.009}
-        flags = f"--mode=critical --optimizer=sgd --batchsize={b} --min_epochs=0 --eps 1.6 0.8 0.4"
-        record(tmp_path, flags, 4400, norms=norms, metrics=[fit | {"steps": 1, "training_loss": 0.001}, fit])
+        flags = f"--mode=critical --optimizer=sgd --batchsize={b} --seed={seed} --min_epochs=0 --eps 1.6 0.8 0.4"
+        record(tmp_path, flags, len(norms), norms=norms, metrics=[fit | {"steps": 1, "training_loss": 0.001}, fit])
     table = critical.steps_to_eps(records.runs(tmp_path))
-    assert (table["steps_mean"] * table["eps"]).to_numpy() == pytest.approx(800, rel=1e-3)
-    assert table["after_fit"].tolist() == [1] * 6 and set(critical.b_star(table)["note"]) == {"after the fit"}
+    assert (table["steps_mean"] * table["eps"]).to_numpy() == pytest.approx(1200, rel=1e-3)
+    assert table["log_sfo_se"].max() < 1e-3  # though one seed needs twice the steps of the other, at every b
+    assert table["after_fit"].tolist() == [2] * 6 and set(critical.b_star(table)["note"]) == {"after the fit"}
 
 
 def test_the_published_steps_read_the_same_way():
