@@ -180,15 +180,12 @@ def _c_squared(star, rows):
         here = own(measured(rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"])], "c_squared"))
         here = here[
             (here["steps"] <= star["updates"]) & (here["batchnorm"] == here["batchnorm"].max())
-        ]  # eval < train
+        ]  # train, if any
         values = here.groupby("steps")["c_squared"].mean()
         if len(values):
-            found |= {
-                "c_squared_run": values.mean(),
-                "c_squared_at_eps": values.iloc[-1],
-                "c_squared_max": values.max(),
-            }
-            found["b_star_formula"] = theory.critical_batch_size(*about, values.mean(), *at)
+            mean, last = values.mean(), values.iloc[-1]
+            found |= {"c_squared_run": mean, "c_squared_at_eps": last, "c_squared_max": values.max()}
+            found["b_star_formula"] = theory.critical_batch_size(*about, mean, *at)
     return found
 
 

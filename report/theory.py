@@ -55,12 +55,7 @@ def deltas(rows, c_squared, k):
 
 
 def critical_batch_size(optimizer, lr, c_squared, eps, beta=0.0):
-    """Return the lower bound of b*, the batch size that needs the fewest gradients to reach ε.
-
-    sgd   ηC²/ε²
-    shb   ηC² (β² − β + 1)/(β (1 − β)² ε²)
-    nshb  ηC²/((1 − β) ε²)
-    """
+    """Return the lower bound of b*: ηC²/ε², for SHB times (β² − β + 1)/(β (1 − β)²), for NSHB times 1/(1 − β)."""
     return FORMULAS.get(optimizer, NONE).critical(beta) * lr * c_squared / np.square(eps)
 
 
