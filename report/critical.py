@@ -150,7 +150,7 @@ def _place(grid, whole, best, fit):
     more = pd.concat([here["b"][~alike], grid["b"][least & ~whole]])
     ends = more[more < best["b"]].max(), more[more > best["b"]].min()
     row = {"inside": not np.isnan(ends).any(), "alike": " ".join(map(str, here["b"][alike])) if freedom else ""}
-    row |= dict(zip((*PLACES[1:], "fits"), (np.nan, *ends, np.nan), strict=True))
+    row |= dict(zip((*PLACES[1:], "other_fits"), (np.nan, *ends, np.nan), strict=True))
     if not fit or min(at, len(x) - 1 - at) < 2:
         return row
     near = {reach: slice(max(0, at - reach), at + reach + 1) for reach in (1, 2, 3)}
@@ -163,7 +163,7 @@ def _place(grid, whole, best, fit):
     drawn = [redraw(x[near[k]], y[near[k]], error[near[k]], freedom, round(1e6 * best["eps"])) for k in (3, 2)]
     low, high = interval(drawn)
     ends = middle, low if low > first else np.nan, high if high < last else np.nan
-    others |= {"fits_low": min(others.values()), "fits_high": max(others.values())}
+    others |= {"other_fits_low": min(others.values()), "other_fits_high": max(others.values())}
     others |= dict(zip(PLACES[1:], ends, strict=True))
     return row | {key: 2.0**value for key, value in others.items()} | {"redraws": np.array(drawn)}
 
@@ -204,5 +204,6 @@ def power(stars):
             low, high = interval(np.tensordot(x, np.stack(part["redraws"]), 1) / (x @ x))
             row = {key: part[key].iloc[0] for key in KEY[:-2]} | {"every_eps": " ".join(f"{e:g}" for e in part["eps"])}
             row |= {"power": slopes[0], "power_low": low, "power_high": high, "argmin": slopes[1]}
-            rows.append(row | {"fits": np.nan, "fits_low": slopes[2:].min(), "fits_high": slopes[2:].max()})
+            row |= {"other_fits": np.nan, "other_fits_low": slopes[2:].min(), "other_fits_high": slopes[2:].max()}
+            rows.append(row)
     return pd.DataFrame(rows)

@@ -55,8 +55,8 @@ COLUMNS = {
     "runs": "label b seed mode status steps epochs draws",
     "accuracy": "label b steps seeds diverged unfit accuracy test_loss",
     "steps": "label eps min_epochs b missed steps sfo ratio",
-    "critical_batch_size": "label eps b_star alike b_star_fit fits c_squared_fit c_squared_run",
-    "power": "label every_eps power fits argmin",
+    "critical_batch_size": "label eps b_star alike b_star_fit other_fits c_squared_fit c_squared_run",
+    "power": "label every_eps power other_fits argmin",
     "delta": "label b steps draws delta delta_formula formula_over_measured k",
     "delta_names": "label b steps draws delta_as_shb delta_as_nshb",
     "omega": "label b steps noise_square fresh memory injected full_gradient_norm",
@@ -69,10 +69,10 @@ COLUMNS = {
 }
 HEADS = {
     **{"label": "optimizer", "epoch": "epoch", "eps": "ε", "every_eps": "ε", "b_star": "best b", "name": "setting"},
-    **{"delta_formula": "δ by formula", "formula_over_measured": "formula / measured", "k": "K"},
-    **{"alike": "as good", "b_star_fit": "b* (95 %)", "c_squared_fit": "C² from b* (95 %)"},
-    **{"c_squared_run": "C² measured", "power": "power of 1/ε (95 %)", "fits": "by other fits", "argmin": "by best b"},
-    **{"ratio": "steps / published", "batch_size": "batch size drawn", "peak": "best at (95 %)", "r_squared": "R²"},
+    **{"delta_formula": "δ by formula", "formula_over_measured": "formula / measured", "k": "K", "r_squared": "R²"},
+    **{"alike": "as good", "b_star_fit": "b* (95 %)", "other_fits": "by other fits", "c_squared_run": "C² measured"},
+    **{"c_squared_fit": "C² from b* (95 %)", "power": "power of 1/ε (95 %)", "argmin": "by best b"},
+    **{"ratio": "steps / published", "batch_size": "batch size drawn", "peak": "best at (95 %)"},
     **{"rank_correlation": "Spearman's ρ", "left_out": "R² of left-out optimizers", "lr_over_b": "η_eff/b"},
 }
 

@@ -94,14 +94,14 @@ def _size_axis(ax, sizes, name="batch size b"):
     ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _log(ax):
-    """Make y logarithmic, with plain numbers as ticks where it spans less than two decades."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
+def _log(ax, name="y"):
+    """Make an axis logarithmic, with plain numbers as ticks where it spans less than two decades."""
+    ax.set(**{f"{name}scale": "log"})
+    axis, (low, high) = getattr(ax, f"{name}axis"), getattr(ax, f"get_{name}lim")()
     if high < 100 * low:
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
 
 
 @styled
@@ -267,7 +267,8 @@ def predictors(points):
             injected = rows["label"].str.contains("inject")
             for part, more in ((rows[~injected], {"label": optimizer.upper()}), (rows[injected], {"mfc": "white"})):
                 _interval(ax, part, f"{name}_mean", "accuracy", **look, **more)
-        ax.set(xscale="log", xlabel=PREDICTORS[name])
+        ax.set(xlabel=PREDICTORS[name])
+        _log(ax, "x")
     axes[0].set_ylabel(f"test {label('accuracy')}")
     _name_curves(axes[-1])
     return fig
