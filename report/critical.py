@@ -1,16 +1,25 @@
-"""Steps to ε and SFO complexity from the gradient norms of any run, and the critical batch size b*."""
+"""Steps to ε and SFO complexity from the gradient norms of any run; the critical batch size b* with its interval."""
 
 from argparse import Namespace
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+from scipy.interpolate import CubicSpline
 
 from arguments import defaults, steps_per_epoch
 from report import published, records, theory
-from report.statistics import longest, over_seeds
+from report.statistics import POINT, fits, longest, measured, over_seeds, own
 from training.stopping import first_check, first_crossing, running_means
 
 KEY = [*records.CURVE, "min_epochs", "eps", "b"]
+REDRAWS = 10_000
+FEWEST_UPDATES = 50  # of fewer, b* says how training begins, not how it goes on
+# Other fits: degree of a polynomial, and through how many sizes on each side of the least.
+FITS = {f"b_star_quadratic_{2 * reach + 1}": (2, reach) for reach in (1, 2, 3)}
+FITS |= {f"b_star_cubic_{2 * reach + 1}": (3, reach) for reach in (2, 3)}
+PLACES = ("b_star", "b_star_fit", "b_star_fit_low", "b_star_fit_high")
+OF_FITS = [*FITS, "b_star_spline"]
 
 
 def crossings(runs, min_epochs=None):
@@ -20,8 +29,9 @@ def crossings(runs, min_epochs=None):
     there are none, `min_epochs` where it is given. steps: no value where ε was not reached; checked: steps looked at.
     """
     critical, rows = runs[runs["mode"] == "critical"], []
-    known = runs[[(folder / records.NORMS).exists() for folder in runs["folder"]]]
-    for run in longest(known).to_dict("records"):
+    known = longest(runs[[(folder / records.NORMS).exists() for folder in runs["folder"]]])
+    fit = fits(records.curves(known))
+    for run in known.to_dict("records"):
         asked = critical["args"][critical["setting"] == run["setting"]].tolist() or [defaults()]
         every_eps = sorted({eps for args in asked for eps in args["eps"]}, reverse=True)
         rules = sorted({args["min_epochs"] for args in asked})
@@ -32,6 +42,7 @@ def crossings(runs, min_epochs=None):
                 steps = first_crossing(means, 1, eps, check)
                 row = {"min_epochs": rule, "eps": eps, "steps": steps, "checked": len(means)}
                 row |= {"at_first_check": check > 1 and steps == check, "diverged": run["status"] == "diverged"}
+                row["after_fit"] = steps is not None and steps > fit.get(tuple(run[key] for key in POINT), np.inf)
                 rows.append({key: run[key] for key in (*records.CURVE, "b", "seed")} | row)
     return pd.DataFrame(rows)
 
@@ -39,9 +50,9 @@ def crossings(runs, min_epochs=None):
 def steps_to_eps(runs, min_epochs=None):
     """Return one row a curve, min_epochs, ε and b: steps to ε and SFO complexity = steps × b, over seeds.
 
-    seeds, and how many of them reached ε, missed it, diverged before, or had it at the first check, where steps are
-    an upper bound. A seed that missed ε enters with the steps it made: the row is a lower bound. published: the
-    paper's steps, and ratio, ours over them, where all seeds reached ε.
+    seeds, and how many of them reached ε, missed it (and enter with the steps they made, a lower bound), diverged
+    before, had it at the first check, an upper bound, or after they fitted their data. log_sfo: less what a seed
+    adds at every b alike, which moves no minimum. ratio: to the published steps, where all reached ε.
     """
     table = crossings(runs, min_epochs)
     if table.empty:
@@ -50,39 +61,149 @@ def steps_to_eps(runs, min_epochs=None):
     table["diverged"] &= ~reached
     table["steps"] = table["steps"].astype(float).where(reached, table["checked"].where(~table["diverged"]))
     table = table.assign(reached=reached, missed=~reached, sfo=table["steps"] * table["b"])
-    found = over_seeds(table, KEY, ["steps", "sfo"])
-    counts = ["reached", "missed", "diverged", "at_first_check"]
+    table["log_sfo"] = np.log(table["sfo"]) - _of_seed(table)
+    found = over_seeds(table, KEY, ["steps", "sfo", "log_sfo"])
+    counts = ["reached", "missed", "diverged", "at_first_check", "after_fit"]
     counts = table.groupby(KEY, dropna=False)[counts].sum().reset_index()
-    found = found.merge(counts, on=KEY).merge(published.steps(), how="left", on=["curve", "min_epochs", "eps", "b"])
+    where = ["curve", "min_epochs", "eps", "b"]
+    found = found.merge(counts, on=KEY).merge(published.steps()[[*where, "published"]], how="left", on=where)
     return found.assign(ratio=(found["steps_mean"] / found["published"]).where(found["reached"] == found["seeds"]))
 
 
-def b_star(steps):
-    """Return one row a curve, min_epochs and ε: the critical batch size, that of the lowest mean SFO complexity.
+def _of_seed(table):
+    """Return what each seed adds to log SFO, mean over the b that count; 0 if it does not stand at all these."""
+    counts = (table["reached"] & ~table["at_first_check"]).groupby([table[key] for key in KEY], dropna=False)
+    whole = table[counts.transform("all")].assign(log=lambda rows: np.log(rows["sfo"]))
+    curve, seed = (whole.groupby(key, dropna=False) for key in (KEY[:-1], [*KEY[:-1], "seed"]))
+    balanced = curve["b"].transform("size") == curve["b"].transform("nunique") * curve["seed"].transform("nunique")
+    added = seed["log"].transform("mean") - curve["log"].transform("mean")
+    return added.where(balanced, 0.0).reindex(table.index, fill_value=0.0)
 
-    Eligible are the b at which every seed reached ε, and not at the first check; two at least. inside: whether both
-    neighbours of b* in the grid are known to need more; if not, it is only a bound. c_squared_from_b_star: solved by
-    the formula, where the optimizer has one. published_b_star, published_c_squared: the paper's.
+
+def minimum(x, y, degree=3):
+    """Return where the polynomial through y (sizes,) or (sizes, redraws) over x has its minimum, all at once.
+
+    Where it has none between the first and the last x, that of the two at which it is lower.
     """
-    if steps.empty:
-        return steps
-    rows = []
-    for _, grid in steps.groupby(KEY[:-1], dropna=False, sort=False):
+    design = np.vander(x - x.mean(), degree + 1)
+    factors = np.linalg.lstsq(design, y, rcond=None)[0]
+    a, b, c = factors[0] if degree == 3 else 0.0, factors[-3], factors[-2]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = x.mean() - c / (b + np.sqrt(b * b - 3 * a * c))  # 3ax² + 2bx + c = 0 with a positive slope
+    first, last = design[[0, -1]] @ factors
+    return np.where((at > x[0]) & (at < x[-1]), at, np.where(first <= last, x[0], x[-1]))
+
+
+def redraw(x, y, error, freedom, seed=0):
+    """Return minima (REDRAWS,) of the cubic through means y (sizes,), each drawn anew with its error (sizes,).
+
+    Student's t with `freedom`; NaN without any. What the cubic leaves of y takes the place of a smaller error: no
+    curve is a cubic, and steep on one side it is far from one.
+    """
+    left = y - np.polyval(np.polyfit(x - x.mean(), y, 3), x - x.mean())
+    if not freedom:
+        return np.full(REDRAWS, np.nan)
+    error = np.maximum(error, np.sqrt(left @ left / max(1, len(x) - 4)))
+    return minimum(x, (y + error * np.random.default_rng(seed).standard_t(freedom, (REDRAWS, len(x)))).T)
+
+
+def interval(redraws):
+    """Return the 95 % interval of rows of redraws: from the least lower end to the greatest upper one."""
+    ends = np.quantile(redraws, [0.025, 0.975], axis=-1)
+    return ends[0].min(), ends[1].max()
+
+
+def b_star(steps, rows=None):
+    """Return one row a curve, min_epochs and ε: the critical batch size, of the lowest mean SFO complexity.
+
+    Sizes count at which every seed reached ε, and not at the first check; two at least. Columns: docs/measuring.md.
+    And inside: sizes on both sides are known to need more than the best; updates: to ε there; redraws: of log2 b*;
+    note: why it is no result. `rows`, of `records.measurements`, are where C² was measured.
+    """
+    found = []
+    for _, grid in steps.groupby(KEY[:-1], dropna=False, sort=False) if len(steps) else ():
         grid = grid.sort_values("b", ignore_index=True)
         whole = (grid["reached"] == grid["seeds"]) & (grid["at_first_check"] == 0)
         if whole.sum() < 2:
             continue
-        at = grid["sfo_mean"].where(whole).idxmin()  # of equal ones the smallest b
-        # What a neighbour needs is not known where a seed diverged, or had ε when it was first looked at.
-        known = (grid["at_first_check"] == 0) & (grid["diverged"] == 0)
-        more = whole | (known & (grid["sfo_mean"] > grid["sfo_max"][at]))
-        best, inside = grid.loc[at], 0 < at < len(grid) - 1 and bool(more[at - 1] and more[at + 1])
-        paper, beta = published.CONSTANTS.get(best["curve"], {}), np.nan_to_num(best["beta1"])
-        solved = np.nan
-        if best["optimizer"] in theory.FORMULAS and not (best["optimizer"] == "shb" and beta == 0):
-            solved = theory.c_squared(best["optimizer"], best["lr"], best["b"], best["eps"], beta)
-        row = {key: best[key] for key in KEY[:-1]} | {"b_star": best["b"], "inside": inside}
-        row |= {"sfo": best["sfo_mean"], "seeds": best["seeds"], "c_squared_from_b_star": solved}
-        row |= {"published_b_star": paper.get("b_star", {}).get(best["eps"], np.nan)}
-        rows.append(row | {"published_c_squared": paper.get("c_squared", np.nan) if best["eps"] == 0.5 else np.nan})
+        best = grid.loc[grid["sfo_mean"].where(whole).idxmin()]  # of equal ones the smallest b
+        row = {key: best[key] for key in (*KEY[:-1], "seeds")} | {"b_star": best["b"], "sfo": best["sfo_mean"]}
+        few = f"below {FEWEST_UPDATES} updates" if best["steps_mean"] < FEWEST_UPDATES else ""
+        row |= {"updates": best["steps_mean"], "note": "after the fit" if best["after_fit"] else few}
+        row |= _place(grid, whole, best, fit=not row["note"])
+        found.append(row | _c_squared(row, rows))
+    return pd.DataFrame(found)
+
+
+def _place(grid, whole, best, fit):
+    """Return the columns about where b* lies: by the grid, and by a fit if there may be one."""
+    here = grid[whole]
+    x, y, n = np.log2(here["b"].to_numpy(float)), here["log_sfo_mean"].to_numpy(), here["seeds"].to_numpy()
+    at, freedom = (
+        here.index.get_loc(best.name),
+        (n - 1).sum() * (1 - 1 / len(n)),
+    )  # a seed's own level takes 1 of n − 1
+    error = np.sqrt(np.nansum((n - 1) * n * here["log_sfo_se"] ** 2) / max(freedom, 1) / n)
+    alike = y - y[at] <= (stats.t.ppf(0.975, freedom) * np.hypot(error, error[at]) if freedom else 0)
+    # What a size needs at least is not known where a seed diverged, or had ε when it was first looked at.
+    least = (grid["at_first_check"] == 0) & (grid["diverged"] == 0) & (grid["sfo_mean"] > best["sfo_max"])
+    more = pd.concat([here["b"][~alike], grid["b"][least & ~whole]])
+    ends = more[more < best["b"]].max(), more[more > best["b"]].min()
+    row = {"inside": not np.isnan(ends).any(), "alike": " ".join(map(str, here["b"][alike])) if freedom else ""}
+    row |= dict(zip((*PLACES[1:], "other_fits"), (np.nan, *ends, np.nan), strict=True))
+    if not fit or min(at, len(x) - 1 - at) < 2:
+        return row
+    near = {reach: slice(max(0, at - reach), at + reach + 1) for reach in (1, 2, 3)}
+    others = {name: minimum(x[near[reach]], y[near[reach]], degree) for name, (degree, reach) in FITS.items()}
+    fine = np.linspace(x[0], x[-1], 4001)
+    others["b_star_spline"] = fine[CubicSpline(x, y)(fine).argmin()]
+    middle, first, last = others["b_star_cubic_7"], *x[near[3]][[0, -1]]
+    if not first < middle < last:
+        return row
+    drawn = [redraw(x[near[k]], y[near[k]], error[near[k]], freedom, round(1e6 * best["eps"])) for k in (3, 2)]
+    low, high = interval(drawn)
+    ends = middle, low if low > first else np.nan, high if high < last else np.nan
+    others |= {"other_fits_low": min(others.values()), "other_fits_high": max(others.values())}
+    others |= dict(zip(PLACES[1:], ends, strict=True))
+    return row | {key: 2.0**value for key, value in others.items()} | {"redraws": np.array(drawn)}
+
+
+def _c_squared(star, rows):
+    """Return C² from b*, C² measured at the size b_star and the formula's b* for it, and what the paper has."""
+    about, paper = (star["optimizer"], star["lr"]), published.CONSTANTS.get(star["curve"], {})
+    at = star["eps"], np.nan_to_num(star["beta1"])
+    names = ("from_b_star", "fit", "fit_low", "fit_high")
+    found = {f"c_squared_{k}": theory.c_squared(*about, star[b], *at) for k, b in zip(names, PLACES, strict=True)}
+    found["published_b_star"] = paper.get("b_star", {}).get(star["eps"], np.nan)
+    found["published_c_squared"] = paper.get("c_squared", np.nan) if star["eps"] == 0.5 else np.nan
+    if rows is not None and len(rows):
+        here = own(measured(rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"])], "c_squared"))
+        here = here[
+            (here["steps"] <= star["updates"]) & (here["batchnorm"] == here["batchnorm"].max())
+        ]  # train, if any
+        values = here.groupby("steps")["c_squared"].mean()
+        if len(values):
+            mean, last = values.mean(), values.iloc[-1]
+            found |= {"c_squared_run": mean, "c_squared_at_eps": last, "c_squared_max": values.max()}
+            found["b_star_formula"] = theory.critical_batch_size(*about, mean, *at)
+    return found
+
+
+def power(stars):
+    """Return one row a curve and min_epochs of `b_star` with two fitted ε at least: the power p of b* ~ (1/ε)^p.
+
+    power_low, power_high: by the redraws of each ε, as if the ε were independent. argmin: by the paper's b*.
+    """
+    rows = []
+    known = stars.dropna(subset="b_star_fit") if len(stars) else stars
+    for _, part in known.groupby(KEY[:-2], dropna=False, sort=False) if len(known) else ():
+        x = np.log2(part["eps"].mean() / part["eps"].to_numpy())
+        x -= x.mean()
+        if len(x) > 1:
+            slopes = x @ np.log2(part[["b_star_fit", "b_star", *OF_FITS]].to_numpy(float)) / (x @ x)
+            low, high = interval(np.tensordot(x, np.stack(part["redraws"]), 1) / (x @ x))
+            row = {key: part[key].iloc[0] for key in KEY[:-2]} | {"every_eps": " ".join(f"{e:g}" for e in part["eps"])}
+            row |= {"power": slopes[0], "power_low": low, "power_high": high, "argmin": slopes[1]}
+            row |= {"other_fits": np.nan, "other_fits_low": slopes[2:].min(), "other_fits_high": slopes[2:].max()}
+            rows.append(row)
     return pd.DataFrame(rows)

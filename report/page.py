@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from measure.quantities import QUANTITIES
-from report import critical, plots, records, theory
-from report.statistics import MEASUREMENT, POINT, at_common, longest, measured, over_seeds, own
+from report import critical, plots, predictors, published, records, theory
+from report.statistics import MEASUREMENT, POINT, at_common, hours, longest, measured, over_seeds, own
 from utils import replacing
 
 LARGEST = 8
@@ -17,11 +17,11 @@ def _group(name):
     return [q.name for q in QUANTITIES.values() if q.group == name and q.name != "draws"]
 
 
-# The tables of what is measured: the quantity without which a row is not in it, and all that it averages over seeds.
+# The tables of what is measured: the quantities without which a row is not in it, and all that it averages over seeds.
 MEASURED = {
     "omega": ("noise_square", [*_group("noise"), "accuracy", "test_loss"]),
     "delta": ("delta", ["delta"]),
-    "delta_names": ("delta_as_nshb", ["delta_as_shb", "delta_as_nshb"]),
+    "delta_names": (["delta_as_shb", "delta_as_nshb"], ["delta_as_shb", "delta_as_nshb"]),
     "c_squared": ("c_squared", _group("variance")),
     "shape": ("isotropy", _group("shape")),
     "smoothing": ("excess_real", _group("smoothing")),
@@ -29,34 +29,34 @@ MEASURED = {
 }
 # The parts of the page, and of what each needs.
 NEEDS = {
-    "runs": "runs",
-    "training": "two rows of metrics.csv",
+    **{"runs": "runs", "training": "two rows of metrics.csv"},
     "accuracy": "--mode normal at two b, with an evaluation at one event",
     "steps": "gradient norms (gradient_norms.f32) at two b",
     "critical_batch_size": "two b at which every seed reached ε, and not at the first check",
+    "power": "b* with a fit at two ε",
     "delta": "δ at two b and one event (--mode sampling, or --measure_every)",
     "delta_names": "--measure noise with --optimizer shb or nshb",
-    "omega": "--measure noise",
-    "c_squared": "--measure noise",
-    "shape": "--measure shape",
-    "smoothing": "--measure smoothing",
-    "sharpness": "--measure sharpness",
+    **dict.fromkeys(["omega", "c_squared"], "--measure noise"),
+    **{name: f"--measure {name}" for name in ("shape", "smoothing", "sharpness")},
+    "predictors": "four settings that fit",
 }
 CAPTIONS = {
     "training": "Mean and band from min to max over seeds.",
     "accuracy": "Mean and band from min to max over seeds; × where a seed diverged, hollow where one did not fit.",
-    "steps": "Mean and band from min to max over seeds; ○ b*; ↑ a lower bound, as a seed did not reach ε.",
-    "delta": "Measured: mean and 95 % t interval. Dashed: the formula with the largest measured C² and K.",
+    "steps": "Mean and band from min to max over seeds; ○ best b; line: interval of b*; ↑ ↓ lower, upper bounds.",
+    "delta": "Mean and 95 % t interval. Dashed: formula with the largest C² and K measured; NSHB's is no bound.",
     "omega": "Means over seeds; the line across a bar is E‖ω‖² as measured.",
     "c_squared": "Mean and 95 % t interval; ◇ the C² that the formula gives for b*.",
     "smoothing": "Mean and 95 % t interval; line: predicted; ↓ an interval that reaches zero, its upper end.",
+    "predictors": "Mean and 95 % t interval over seeds; settings that fit; hollow: with injected noise.",
 }
-# What the page shows of each table; with ± half of the 95 % t interval where there is one.
+# What the page shows of each table; with ± half of the 95 % t interval, or with both ends, where there is one.
 COLUMNS = {
     "runs": "label b seed mode status steps epochs draws",
     "accuracy": "label b steps seeds diverged unfit accuracy test_loss",
     "steps": "label eps min_epochs b missed steps sfo ratio",
-    "critical_batch_size": "label eps b_star inside sfo c_squared_from_b_star published_b_star published_c_squared",
+    "critical_batch_size": "label eps b_star alike b_star_fit other_fits c_squared_fit c_squared_run",
+    "power": "label every_eps power other_fits argmin",
     "delta": "label b steps draws delta delta_formula formula_over_measured k",
     "delta_names": "label b steps draws delta_as_shb delta_as_nshb",
     "omega": "label b steps noise_square fresh memory injected full_gradient_norm",
@@ -64,16 +64,17 @@ COLUMNS = {
     "shape": "label b steps isotropy effective_rank non_normal_share pooled_kurtosis scales_kurtosis",
     "smoothing": "label b steps excess_real excess_gaussian excess_isotropic excess_predicted displacement",
     "sharpness": "label b steps lambda_max hessian_trace average_sharpness batch_sharpness",
+    "settings": "name fits updates accuracy gap delta temperature lr_over_b",
+    "predictors": "predictor settings rank_correlation peak inside r_squared left_out extrapolated",
 }
 HEADS = {
-    **{"label": "optimizer", "epoch": "epoch", "eps": "ε", "b_star": "b*", "inside": "inside the grid"},
-    **{"delta_formula": "δ by formula", "formula_over_measured": "formula / measured", "k": "K"},
-    **{"published_b_star": "b*, published", "published_c_squared": "C², published", "ratio": "steps / published"},
-    **{"batch_size": "batch size drawn", "c_squared_from_b_star": "C² from b*"},
+    **{"label": "optimizer", "epoch": "epoch", "eps": "ε", "every_eps": "ε", "b_star": "best b", "name": "setting"},
+    **{"delta_formula": "δ by formula", "formula_over_measured": "formula / measured", "k": "K", "r_squared": "R²"},
+    **{"alike": "as good", "b_star_fit": "b* (95 %)", "other_fits": "by other fits", "c_squared_run": "C² measured"},
+    **{"c_squared_fit": "C² from b* (95 %)", "power": "power of 1/ε (95 %)", "argmin": "by best b"},
+    **{"ratio": "steps / published", "batch_size": "batch size drawn", "peak": "best at (95 %)"},
+    **{"rank_correlation": "Spearman's ρ", "left_out": "R² of left-out optimizers", "lr_over_b": "η_eff/b"},
 }
-
-
-# --- tables -------------------------------------------------------------------------------------------------
 
 
 def sections(runs):
@@ -81,8 +82,11 @@ def sections(runs):
     for setting, members in runs.groupby("setting"):
         for beta in sorted(members["beta1"].dropna().unique()) or [None]:
             title = setting if beta is None else f"{setting}, β {beta:g}"
-            slug = re.sub(r"[^\w.+-]", "_", title.replace(", ", "_").replace("β", "beta").replace(" ", ""))
-            yield title, slug, members[members["beta1"].isna() | (members["beta1"] == beta)]
+            yield title, _slug(title), members[members["beta1"].isna() | (members["beta1"] == beta)]
+
+
+def _slug(title):
+    return re.sub(r"[^\w.+-]", "_", title.replace(", ", "_").replace("β", "beta").replace(" ", ""))
 
 
 def tables(runs, min_epochs=None):
@@ -95,8 +99,12 @@ def tables(runs, min_epochs=None):
     made["training"] = training(sound)
     made["accuracy"] = accuracy(runs)
     made["steps"] = critical.steps_to_eps(runs, min_epochs)
-    made["critical_batch_size"] = critical.b_star(made["steps"])
-    return {name: made[name] for name in NEEDS}
+    known = published.steps()
+    known = [known.assign(curve="published")] if published.SHB in set(runs["curve"]) else []
+    stars = critical.b_star(pd.concat([made["steps"], *known]), rows)
+    made["power"] = critical.power(stars)
+    made["critical_batch_size"] = stars.drop(columns="redraws", errors="ignore")
+    return {name: made[name] for name in NEEDS if name in made}
 
 
 def _measured(rows, name):
@@ -122,10 +130,7 @@ def _with_formula(table, rows):
     where = [*where, "b"]
     steps = own(measured(rows, "c_squared")).groupby([*where, "steps"])["c_squared"].mean()
     table = table.join(steps.groupby(where).max().rename("c_squared_max"), on=where)
-    table["delta_formula"] = np.nan
-    for name, part in table[table["optimizer"].isin(theory.FORMULAS)].groupby("optimizer"):
-        constants = part["c_squared_max"], part["k"], part["beta1"].fillna(0)
-        table.loc[part.index, "delta_formula"] = theory.delta(name, part["lr"], part["b"], *constants)
+    table["delta_formula"] = theory.deltas(table, table["c_squared_max"], table["k"])
     return table.assign(formula_over_measured=table["delta_formula"] / table["delta_mean"])
 
 
@@ -178,19 +183,17 @@ def accuracy(runs):
     return table.merge(counts.reset_index(), on=key).assign(event=event)
 
 
-# --- figures ------------------------------------------------------------------------------------------------
-
-
 def figures(made):
     """Yield (name, Figure) of every figure that the tables `made` are enough for."""
     if len(made["training"]) > 1:
         yield "training", plots.training(made["training"])
-    if _sizes(made["accuracy"]) > 1:
+    sizes = {name: table["b"].nunique() if "b" in table else 0 for name, table in made.items()}
+    if sizes["accuracy"] > 1:
         yield "accuracy", plots.accuracy(made["accuracy"], made["accuracy"]["event"].iloc[0])
-    if _sizes(made["steps"]) > 1:
+    if sizes["steps"] > 1:
         yield "steps", plots.sfo(shown(made["steps"]), shown(made["critical_batch_size"]))
     rows, event = _at_event(shown(made["delta"]))
-    if _sizes(rows) > 1:
+    if len(rows) and rows["b"].nunique() > 1:
         yield "delta", plots.delta(rows, event)
     at_one_b = {name: shown(made[name]) for name in ("omega", "smoothing", "c_squared")}
     at_one_b = {name: rows[rows["b"] == _shown_b(rows)] for name, rows in at_one_b.items() if len(rows)}
@@ -203,10 +206,6 @@ def figures(made):
         last, event = _at_event(rows)
         rows = rows.assign(at_event=rows.index.isin(last.index))
         yield "c_squared", plots.c_squared(rows, event, shown(made["critical_batch_size"]))
-
-
-def _sizes(table):
-    return table["b"].nunique() if len(table) else 0
 
 
 def shown(table):
@@ -231,41 +230,43 @@ def _at_event(table):
     return table.loc[rows.index[rows["steps"] == last]], event
 
 
-# --- the page -----------------------------------------------------------------------------------------------
-
-
 def write(runs, out, kind="png", min_epochs=None):
     """Write tables and figures of `runs`, of `records.runs`, to the directory `out`. Returns the page's text."""
     lines = ["# Tables and figures", ""]
     for title, slug, members in sections(runs):
         made = tables(members, min_epochs)
-        drawn = dict(figures(made))
-        lines += [f"## {title}", ""]
-        for name, needed in NEEDS.items():
-            table, file = made[name], f"{slug}_{name}"
-            lines += [f"### {name.replace('_', ' ')}", ""]
-            if name in drawn:
-                _write_figure(out / f"{file}.{kind}", drawn[name], kind)
-                lines += [f"![{drawn[name].get_suptitle()}]({file}.{kind})", "", CAPTIONS[name], ""]
-            elif name in CAPTIONS or table.empty:
-                lines += [f"Not {'drawn' if len(table) else 'measured'}: needs {needed}.", ""]
-            if name in COLUMNS and len(table):
-                whole = table.drop(columns=["setting", "curve"], errors="ignore").dropna(axis="columns", how="all")
-                with replacing(out / f"{file}.csv") as csv:
-                    csv.write(whole.to_csv(index=False, lineterminator="\n").encode())
-                lines += [
-                    *_markdown(table, COLUMNS[name].split()),
-                    "",
-                    f"[{file}.csv]({file}.csv), rows: {len(table)}",
-                    "",
-                ]
+        lines += [f"## {title}", "", f"{hours(members):.2g} hours, each trajectory counted once.", ""]
+        lines += _parts(made, dict(figures(made)), out, slug, kind)
+    for network, members in runs.groupby("network"):
+        points = predictors.settings(members)
+        if points["fits"].any():
+            points["name"] = points["curve"].str.removeprefix(f"{network}, ") + ", b " + points["b"].astype(str)
+            made = {"settings": points, "predictors": predictors.table(points)}
+            drawn = {"predictors": plots.predictors(points)} if len(made["predictors"]) else {}
+            lines += [f"## What predicts accuracy? {network}", "", *_parts(made, drawn, out, _slug(network), kind)]
     return "\n".join(lines)
 
 
-def _write_figure(path, figure, kind):
-    undated = {"CreationDate": None} if kind == "pdf" else {"Software": None}  # the same figure is the same file
-    with replacing(path) as image:
-        figure.savefig(image, format=kind, dpi=150, metadata=undated)
+def _parts(made, drawn, out, slug, kind):
+    """Write the tables `made` and the figures `drawn`. Returns the lines of the page about them."""
+    lines = []
+    for name, table in made.items():
+        file = f"{slug}_{name}"
+        lines += [f"### {name.replace('_', ' ')}", ""]
+        if name in drawn:
+            undated = {"CreationDate": None} if kind == "pdf" else {"Software": None}  # the same figure: the same file
+            with replacing(out / f"{file}.{kind}") as image:
+                drawn[name].savefig(image, format=kind, dpi=150, metadata=undated)
+            lines += [f"![{drawn[name].get_suptitle()}]({file}.{kind})", "", CAPTIONS[name], ""]
+        elif name in CAPTIONS or table.empty:
+            lines += [f"Not {'drawn' if len(table) else 'measured'}: needs {NEEDS[name]}.", ""]
+        if name in COLUMNS and len(table):
+            whole = table.drop(columns=["setting", "curve"], errors="ignore").dropna(axis="columns", how="all")
+            with replacing(out / f"{file}.csv") as csv:
+                csv.write(whole.to_csv(index=False, lineterminator="\n").encode())
+            lines += [*_markdown(table, COLUMNS[name].split()), ""]
+            lines += [f"[{file}.csv]({file}.csv), rows: {len(table)}", ""]
+    return lines
 
 
 def _markdown(table, columns):
@@ -280,24 +281,29 @@ def _markdown(table, columns):
         share = max(1, LARGEST // len(parts))
         parts = [rows.iloc[np.unique(np.linspace(0, len(rows) - 1, share).round().astype(int))] for rows in parts]
         table = pd.concat(parts)[:LARGEST]
-    lines = [" | ".join(_head(name) for name in columns), " | ".join(["---"] * len(columns))]
+    heads = [HEADS.get(name) or (plots.label(name) if name in QUANTITIES else name) for name in columns]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(columns))]
     lines += [" | ".join(_cell(row, name) for name in columns) for row in table.to_dict("records")]
     known = [QUANTITIES[name] for name in columns if name in QUANTITIES and QUANTITIES[name].group != "training"]
     meanings = "; ".join(f"{q.symbol or q.name.replace('_', ' ')}: {q.meaning}" for q in known)
     return [f"| {line} |" for line in lines] + (["", f"{meanings}."] if known else [])
 
 
-def _head(name):
-    return HEADS.get(name) or (plots.label(name) if name in QUANTITIES else name)
-
-
 def _cell(row, name):
-    """Return a number, with half of its 95 % interval where it has one, or a text."""
-    value, half = row.get(f"{name}_mean", row.get(name)), row.get(f"{name}_high", np.nan) - row.get(f"{name}_mean", 0)
+    """Return a number, with half of its 95 % interval or with both ends where it has such, or a text."""
+    value, low, high = row.get(f"{name}_mean", row.get(name)), row.get(f"{name}_low"), row.get(f"{name}_high", np.nan)
     if isinstance(value, str | bool | np.bool_):
         return str(value)
+    if low is not None and row.get("note"):
+        return row["note"] if name == "b_star_fit" else "–"
+    if low is not None and f"{name}_mean" not in row:
+        low, high = ("" if pd.isna(end) else _short(end, 3) for end in (low, high))
+        if pd.isna(value):
+            return f"{low} to {high}" if low and high else f"≥ {low}" if low else f"≤ {high}" if high else "–"
+        return f"{_short(value, 3)} ({low or '…'} to {high or '…'})" if low or high else _short(value, 3)
     if pd.isna(value):
         return "–"
+    half = high - value
     return f"{_short(value, 4)} ± {_short(half, 2)}" if half > 0 else _short(value, 4)
 
 

@@ -19,6 +19,7 @@ KINDS = {
     "excess_gaussian": ("Gaussian, same covariance", "s", "#E69F00", "excess_predicted"),
     "excess_isotropic": ("Gaussian, isotropic, same length", "^", "#CC79A7", "excess_predicted_isotropic"),
 }
+PREDICTORS = {"delta": "δ measured", "temperature": "temperature", "lr_over_b": "η_eff/b", "lambda_max": "λ_max"}
 STYLE = {
     **{"font.size": 9, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
@@ -32,9 +33,6 @@ def label(name):
     q, words = quantity(name), name.replace("_", " ")
     words = q.symbol if q.symbol and name != "training_loss" else words
     return words + (f" ({q.unit})" if q.unit else "")
-
-
-# --- what the figures have in common ------------------------------------------------------------------------
 
 
 def _panels(title, count, width=3.2, **more):
@@ -96,17 +94,14 @@ def _size_axis(ax, sizes, name="batch size b"):
     ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _log(ax):
-    """Make y logarithmic, with plain numbers as ticks where it spans less than two decades."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
+def _log(ax, name="y"):
+    """Make an axis logarithmic, with plain numbers as ticks where it spans less than two decades."""
+    ax.set(**{f"{name}scale": "log"})
+    axis, (low, high) = getattr(ax, f"{name}axis"), getattr(ax, f"get_{name}lim")()
     if high < 100 * low:
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(ticker.NullLocator())
-
-
-# --- one function a figure ----------------------------------------------------------------------------------
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
 
 
 @styled
@@ -143,19 +138,20 @@ def accuracy(table, event):
 
 @styled
 def sfo(steps, stars):
-    """Draw SFO complexity over b, a panel an ε, three at most; ○ at b*, ↑ where it is only a lower bound."""
+    """Draw SFO complexity over b, a panel an ε, three at most; ○ at the best b, line: b*'s interval."""
     every = sorted(steps["eps"].unique(), reverse=True)
     shown = [every[i] for i in sorted({0, len(every) // 2, len(every) - 1})]
     fig, axes = _panels("Which batch size needs the fewest gradients to reach ε?", len(shown), 3)
     for ax, eps in zip(axes, shown, strict=True):
         for name, look, rows in _curves(steps[steps["eps"] == eps]):
-            whole = rows[rows["reached"] == rows["seeds"]]
-            _band(ax, whole, "b", "sfo", **look, label=name)
-            missed = rows[(rows["reached"] < rows["seeds"]) & rows["sfo_mean"].notna()]
-            ax.plot(missed["b"], missed["sfo_mean"], linestyle="", marker=r"$\uparrow$", ms=8, color=look["color"])
+            at_once, missed = rows["at_first_check"] > 0, rows["reached"] < rows["seeds"]
+            _band(ax, rows[~at_once & ~missed], "b", "sfo", **look, label=name)
+            for bounds, marker in ((rows[missed & ~at_once], r"$\uparrow$"), (rows[at_once], r"$\downarrow$")):
+                ax.plot(bounds["b"], bounds["sfo_mean"], linestyle="", marker=marker, ms=8, color=look["color"])
             best = stars[(stars["curve"] == rows["curve"].iloc[0]) & (stars["eps"] == eps)] if len(stars) else stars
-            for star in best.to_dict("records"):
+            for star in best[best["note"] == ""].to_dict("records") if len(best) else ():
                 ax.plot(star["b_star"], star["sfo"], "o", ms=11, mfc="none", color="k")
+                ax.hlines(star["sfo"], star["b_star_fit_low"], star["b_star_fit_high"], color="k", lw=2)
             paper = rows.dropna(subset="published")
             if len(paper):
                 ax.plot(paper["b"], paper["published"] * paper["b"], "k.", ms=3)
@@ -257,4 +253,22 @@ def smoothing(table, event):
     ax.set(xlabel=f"at {event}, b = {table['b'].iloc[0]}")
     _log(ax)
     ax.legend()
+    return fig
+
+
+@styled
+def predictors(points):
+    """Draw accuracy over each predictor, four at most: the settings that fit, the same in each panel."""
+    names = [name for name in PREDICTORS if points[f"{name}_mean"].notna().any()]
+    fig, axes = _panels("Which of these orders test accuracy?", len(names), 2.6, sharey=True)
+    for ax, name in zip(axes, names, strict=True):
+        for optimizer, rows in points[points["fits"]].groupby("optimizer", sort=False):
+            look = {"color": COLORS.get(optimizer.upper(), "0.4"), "fmt": MARKERS.get(optimizer.upper(), "v")}
+            injected = rows["label"].str.contains("inject")
+            for part, more in ((rows[~injected], {"label": optimizer.upper()}), (rows[injected], {"mfc": "white"})):
+                _interval(ax, part, f"{name}_mean", "accuracy", **look, **more)
+        ax.set(xlabel=PREDICTORS[name])
+        _log(ax, "x")
+    axes[0].set_ylabel(f"test {label('accuracy')}")
+    _name_curves(axes[-1])
     return fig

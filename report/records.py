@@ -30,11 +30,11 @@ RUN = [*CURVE, "b", "seed", "run", "mode", "status", "full_grad_batchsize"]
 def runs(directory):
     """Return one row a run that has ended below `directory`: its arguments, its results, and where it is recorded.
 
-    setting, curve, label: text. Runs with one `curve` agree in all that changes the trajectory but b and the seed;
-    those with one `setting` may differ in the optimizer, its flags and injected noise too; label: what tells the
-    curves of one setting apart, but for β. b: batch size of training. folder: Path; run: its name below `directory`.
-    steps, epochs, seconds: those of the record, and args all arguments. Arguments that do not affect a run, as β1 of
-    SGD, have no value. What cannot be read is printed, `left out: RUN: REASON`.
+    network, setting, curve, label: text. Runs with one `curve` agree in all that changes the trajectory but b and the
+    seed; those with one `setting` may differ in the optimizer, its flags and injected noise too, with one `network` in
+    η as well; label: what tells the curves of one setting apart, but for β. b: batch size of training. folder: Path.
+    run: its name below `directory`. steps, epochs, seconds: of the record; args: all arguments. Arguments that do not
+    affect a run, as β1 of SGD, have no value. What cannot be read is printed, `left out: RUN: REASON`.
     """
     rows = []
     for file in sorted(Path(directory).rglob("args.json")):
@@ -67,11 +67,11 @@ def _run(folder, name):
 
 
 def _names(relevant):
-    """Return setting, label and curve of a run, from the arguments that affect its result."""
+    """Return network, setting, label and curve of a run, from the arguments that affect its result."""
     left_out = {*NOT_TRAJECTORY, "seed", "batchsize", *(key for key in relevant if key.startswith("measure"))}
     own = {key: _text(value) for key, value in relevant.items() if key not in left_out}
     optimizer, flags = own.pop("optimizer"), OPTIMIZERS.get(relevant["optimizer"], {}).values()
-    setting = f"{own.pop('dataset')}, {own.pop('model')}, lr {own.pop('lr')}"
+    network, lr, more = f"{own.pop('dataset')}, {own.pop('model')}", f", lr {own.pop('lr')}", ""
     default = {key: _text(value) for key, value in defaults().items()}
     label, curve = [optimizer.upper()], []
     for key, text in own.items():
@@ -82,9 +82,9 @@ def _names(relevant):
         elif key.startswith("inject"):
             label += [] if usual else [shown]
         else:
-            setting += "" if usual else f", {shown}"
-    label = " ".join(label)
-    return {"setting": setting, "label": label, "curve": ", ".join([setting, label, *curve])}
+            more += "" if usual else f", {shown}"
+    label, names = " ".join(label), {"network": network + more, "setting": network + lr + more}
+    return names | {"label": label, "curve": ", ".join([names["setting"], label, *curve])}
 
 
 def _six_digits(value):

@@ -9,7 +9,12 @@ from report.records import CURVE
 
 POINT = ["curve", "b", "seed"]  # a trajectory
 PLACE = [*POINT, "batchnorm", "steps", "batch_size", "layer"]  # where on it something is measured
+FIT = 0.01  # a run fits its data after the first epoch whose mean training loss is below this
 MEASUREMENT = [*CURVE, "b", "full_grad_batchsize", "batchnorm", "steps", "epoch"]  # what seeds are averaged at
+
+# What the error of one seed is of, where it is not of every draw: as many random vectors; one value in so many draws.
+VECTORS = {"hessian_trace": 16, "average_sharpness": 16, "batch_sharpness": 32}
+DRAWS_EACH = {"excess_predicted": 2, "excess_predicted_isotropic": 2, "augmentation_variance": 4}
 
 
 def longest(runs):
@@ -18,8 +23,19 @@ def longest(runs):
     return kept.sort_index()
 
 
+def hours(runs):
+    """Return the hours of `runs`, each trajectory counted once, as its longest run: repeating it adds nothing."""
+    return runs.groupby(POINT)["seconds"].max().sum() / 3600
+
+
+def fits(curves):
+    """Return, by trajectory (POINT), the updates after which it fits: the first epoch with mean loss < FIT."""
+    ends = curves[(curves["epoch"] % 1 == 0) & (curves["training_loss"] < FIT)]
+    return ends.groupby(POINT)["steps"].min().rename("fit")
+
+
 def measured(rows, quantity):
-    """Return the whole rows of `records.measurements` that hold `quantity`, once a trajectory and place.
+    """Return the whole rows of `records.measurements` that hold `quantity`, or each of several, once a place (PLACE).
 
     Of two runs of one trajectory the row from more draws stays; no row is put together from both.
     """
@@ -36,8 +52,8 @@ def over_seeds(rows, key, quantities):
     """Return one row a `key`, rows in which a seed stands once: seeds, draws, and of each quantity six.
 
     NAME_mean, NAME_min, NAME_max over seeds; NAME_low, NAME_high: 95 % t interval of the mean. Its standard error,
-    NAME_se, is that of the seeds' values. Of one seed it is the error of its draws, with t over draws − 1, or of
-    random vectors as many; without one there is no interval. Draws: the fewest of any seed.
+    NAME_se, is that of the seeds' values. Of one seed it is the error of its draws, or of its random vectors, with t
+    over their number − 1; without one there is no interval. Draws: the fewest of any seed.
     """
     order = {name: i for i, name in enumerate(OPTIMIZERS)}
     groups = rows.assign(order=rows["optimizer"].map(order)).groupby(["order", *key], dropna=False)
@@ -49,7 +65,8 @@ def over_seeds(rows, key, quantities):
         error, freedom = values.std() / np.sqrt(count), count - 1
         if f"{name}_se" in rows:
             error = error.where(count > 1, groups[f"{name}_se"].first())
-            freedom = freedom.where(count > 1, table["draws"] - 1)
+            values_of_one = VECTORS.get(name, table["draws"] // DRAWS_EACH.get(name, 1))
+            freedom = freedom.where(count > 1, values_of_one - 1)
         half = error * stats.t.ppf(0.975, freedom.where(freedom > 0))
         mean = values.mean()
         found = {"mean": mean, "min": values.min(), "max": values.max(), "se": error}
@@ -73,3 +90,19 @@ def at_common(rows, by=("steps", "epoch")):
     if column is None:
         return rows[:0], ""
     return rows[rows[column] == value], f"{'epoch' if column == 'epoch' else 'step'} {value:,g}"
+
+
+def paired(rows, others, quantity):
+    """Return difference `rows` − `others` of a quantity, paired by seed: mean, 95 % t interval, seeds; see `level`."""
+    one, other = (table.set_index("seed")[quantity].dropna() for table in (rows, others))
+    differences = (one - other).dropna()
+    mean, error = differences.mean(), differences.sem()
+    half = error * stats.t.ppf(0.975, max(1, len(differences) - 1))  # of one seed there is no error
+    return {"difference": mean, "low": mean - half, "high": mean + half, "se": error, "seeds": len(differences)}
+
+
+def level(rows, others, quantity, margin=0.5):
+    """Return p of "they differ by `margin` or more", paired by seed: level if p < 0.05 (two one-sided t tests)."""
+    found = paired(rows, others, quantity)
+    with np.errstate(divide="ignore"):  # no spread at all: surely inside, or surely not
+        return stats.t.cdf(np.divide(abs(found["difference"]) - margin, found["se"]), max(1, found["seeds"] - 1))

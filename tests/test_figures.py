@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from recorded import measurement, read, record, smoothing, study
 
 import figures
-from report import page, records
+from report import critical, page, plots, records
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +30,7 @@ def drawn(tmp_path_factory):
     study(folder / "runs")
     kept, draw = [], page.figures
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(critical, "FEWEST_UPDATES", 10)
         patch.setattr(page, "figures", lambda made: kept.append((made, list(draw(made)))) or kept[0][1])
         assert figures.main([str(folder / "runs"), "--out", str(folder / "out")]) == 0
     ((made, found),) = kept
@@ -137,6 +138,19 @@ def test_sfo_over_b_with_b_star_and_lower_bounds(drawn):
     assert any(made["steps"]["missed"] > 0)
 
 
+def test_upper_bounds_the_interval_of_b_star_and_none_that_is_no_result(drawn):
+    made, _, _ = drawn
+    steps, stars = made["steps"].query("label == 'SGD' and eps == 1.2"), made["critical_batch_size"]
+    stars = stars.query("label == 'SGD' and eps == 1.2").assign(b_star_fit_low=70.0, b_star_fit_high=130.0)
+    steps = steps.assign(at_first_check=[0, 0, 0, 1])
+    (ax,) = plots.sfo(steps, stars).axes
+    assert marks(ax, COLORS["SGD"], marker=r"$\downarrow$") == [(400, steps["sfo_mean"].iloc[-1])]
+    assert line(ax, "SGD")[0] == steps["b"].tolist()[:3] and len(marks(ax, "#000000", marker="o")) == 1
+    bar = [[70, stars["sfo"].item()], [130, stars["sfo"].item()]]
+    assert bar in [segment.tolist() for each in ax.collections[1:] for segment in each.get_segments()]
+    assert not marks(plots.sfo(steps, stars.assign(note="after the fit")).axes[0], "#000000", marker="o")
+
+
 def test_delta_over_b_measured_and_by_the_formula(drawn):
     made, found, _ = drawn
     (ax,) = found["delta"].axes
@@ -238,7 +252,7 @@ def test_tables_of_the_page_are_small_and_their_csvs_whole(drawn):
         assert 1 <= len(rows) <= 8 and head.count("|") <= 9
         assert {row.count("|") for row in (head, rule, *rows)} == {head.count("|")}
     for name, table in made.items():
-        if name != "training":
+        if name != "training" and len(table):
             rows = read(out / f"{SLUG}_{name}.csv")
             assert len(rows) == len(table) and f"({SLUG}_{name}.csv), rows: {len(table)}\n" in text
             for key in rows[0]:
@@ -248,7 +262,7 @@ def test_tables_of_the_page_are_small_and_their_csvs_whole(drawn):
                     assert [v if v is not None else math.nan for v in ours] == pytest.approx(
                         values, rel=1e-15, nan_ok=True
                     )
-    assert len(tables) == len(made) - 1
+    assert len(tables) == sum(len(table) > 0 for table in made.values()) - 1
     assert re.search(r"\| SGD \| 400 \| 35 \| 64 \| 0\.0\d+ ± 0\.00\d+ \|", text)  # δ, with its interval
     assert "E‖ω‖²: mean squared search direction noise over the draws" in text
 
@@ -258,7 +272,7 @@ def test_what_is_not_measured_is_one_line_each(tmp_path):
     figures.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     lines = (tmp_path / "out" / "page.md").read_text().splitlines()
     missing = [line for line in lines if line.startswith("Not ")]
-    assert len(missing) == 11 and "Not measured: needs --measure shape." in missing
+    assert len(missing) == 12 and "Not measured: needs --measure shape." in missing
     assert sum(line.startswith("Not drawn: needs --mode normal at two b") for line in missing) == 1
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".csv", ".md"]
 

@@ -7,6 +7,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from report import records
+from report.statistics import hours
+
 RESULTS = ROOT / "results"
 PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "results/README.md")}
 
@@ -192,3 +195,7 @@ def test_verdicts():
 def test_the_cost_is_that_of_the_parts():
     for row in pd.read_csv(RESULTS / "cost.csv").itertuples():
         assert re.search(rf"\| {row.part}.*\| {row.runs} \| {row.hours:.2f} \|", PAGES["results/README.md"])
+    assert (
+        f"Each trajectory counted once, these are {hours(records.runs(RESULTS / 'runs')):.1f} hours"
+        in PAGES["results/README.md"]
+    )

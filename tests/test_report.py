@@ -16,10 +16,12 @@ from recorded import OPTIMIZERS, SEEDS, SIZES, measurement, read, record, study
 
 from measure.quantities import INDEX, MEASURED, columns
 from report import critical, page, published, records, theory
-from report.statistics import at_common, measured, over_seeds
+from report.statistics import at_common, hours, level, measured, over_seeds, paired
 
 ROOT = Path(__file__).resolve().parents[1]
-T = {1: 12.706204736, 2: 4.302652730, 7: 2.364624252, 63: 1.998340543}  # 97.5 % of Student's t, from a printed table
+# 97.5 % of Student's t, from a printed table
+T = {1: 12.706204736, 2: 4.302652730, 7: 2.364624252, 15: 2.131449546, 31: 2.039513446, 63: 1.998340543}
+FREEDOM = {"excess_predicted": 31, "hessian_trace": 15, "batch_sharpness": 31}  # where it is not draws − 1
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,7 @@ def test_every_table_of_measurements_against_a_plain_loop(runs_dir, made, name, 
                 half = statistics.stdev(values) / math.sqrt(len(values)) * T[len(values) - 1] if values[1:] else None
                 if half is None and next(iter(rows.values())).get(f"{quantity}_se") is not None:
                     (row,) = rows.values()
-                    half = row[f"{quantity}_se"] * T[row["draws"] - 1]
+                    half = row[f"{quantity}_se"] * T[FREEDOM.get(quantity, row["draws"] - 1)]
                 if half is None:
                     assert math.isnan(ours[f"{quantity}_high"])
                 else:
@@ -254,6 +256,42 @@ def test_a_single_draw_is_said_to_be_one(tmp_path):
     lines = page._markdown(made["delta"], page.COLUMNS["delta"].split())
     assert lines[0].split(" | ")[3] == "M" and lines[2].split(" | ")[3] == "1"
     assert "M: mini-batches drawn; 1 is the batch that training takes next" in lines[-1]
+
+
+def test_both_names_of_delta_are_of_one_row_and_hours_are_of_one_run(tmp_path):
+    full = measurement("nshb", 100, 20, 1.0)
+    for seed, row in enumerate((full, full | {"delta_as_shb": None, "delta_as_nshb": 9.0})):
+        record(
+            tmp_path, f"--mode=sampling --optimizer=nshb --batchsize=100 --steps 20 --seed={seed}", 20, measured=[row]
+        )
+    record(tmp_path, "--mode=sampling --optimizer=nshb --batchsize=100 --steps 20 30 --seed=0", 30)
+    runs = records.runs(tmp_path).assign(seconds=[3600.0, 1800.0, 7200.0])
+    row = one(page.tables(runs)["delta_names"])
+    assert (row["seeds"], row["delta_as_shb_mean"], row["delta_as_nshb_mean"]) == (1, 0.3, 0.7)
+    assert (
+        runs["seed"].value_counts()[0] == 2
+        and hours(runs) == (max(runs["seconds"][runs["seed"] == 0]) + runs["seconds"][runs["seed"] == 1].item()) / 3600
+    )
+
+
+def test_differences_are_paired_by_seed_and_level_is_a_test_of_equivalence():
+    rows = pd.DataFrame({"seed": [0, 1, 2], "q": [60.0, 70.0, 80.0]})
+    others = pd.DataFrame({"seed": [2, 1, 0, 7], "q": [78.9, 69.0, 59.1, 0.0]})
+    found = paired(rows, others, "q")
+    half = statistics.stdev([0.9, 1.0, 1.1]) / math.sqrt(3) * T[2]
+    assert found["seeds"] == 3 and found["difference"] == pytest.approx(1.0)
+    assert (found["low"], found["high"]) == pytest.approx((1 - half, 1 + half))
+    assert level(rows, others, "q") > 0.99 > 0.01 > level(rows, others, "q", 1.5)
+    assert level(rows, others, "q", 1.15) == pytest.approx(
+        0.0608, abs=2e-4
+    )  # t = −0.15 · √3/0.1, 2 degrees of freedom
+    assert level(others, rows, "q", 1.15) == pytest.approx(level(rows, others, "q", 1.15))
+    assert math.isnan(level(rows[:1], others, "q"))
+    rng, level_at_margin = np.random.default_rng(0), 0
+    for _ in range(400):  # at the margin itself one in twenty may be called level
+        values = pd.DataFrame({"seed": range(4), "q": 0.5 + 0.2 * rng.standard_normal(4)})
+        level_at_margin += level(values, values.assign(q=0.0), "q") < 0.05
+    assert 8 <= level_at_margin <= 33
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------
@@ -352,7 +390,9 @@ def grid(reached, **more):
     for b, steps in reached.items():
         known = [100 if step is None else step for step in steps]
         rows.append({"b": b, "seeds": 2, "reached": 2 - steps.count(None), "at_first_check": 0, "diverged": 0})
-        rows[-1] |= {"sfo_mean": sum(known) / 2 * b, "sfo_max": max(known) * b}
+        logs = [math.log(step * b) for step in known]
+        rows[-1] |= {"sfo_mean": sum(known) / 2 * b, "sfo_max": max(known) * b, "steps_mean": sum(known) / 2}
+        rows[-1] |= {"log_sfo_mean": sum(logs) / 2, "log_sfo_se": statistics.stdev(logs) / 2**0.5, "after_fit": 0}
     about = {"setting": "s", "curve": "c", "label": "SGD", "optimizer": "sgd", "lr": 0.1, "beta1": np.nan}
     return pd.DataFrame(rows).assign(**about, min_epochs=0, eps=1.0, **more)
 
@@ -363,7 +403,7 @@ def grid(reached, **more):
         ({1: (60, 60), 2: (10, 12), 4: (9, 9)}, 2, True),
         ({1: (20, 20), 2: (20, 20), 4: (40, 40)}, 1, False),  # at the edge
         ({2: (20, 20), 4: (8, 8), 8: (2, 2)}, 8, False),
-        ({1: (None, None), 2: (10, 12), 4: (9, 9)}, 2, True),  # what it needs at least is more than at b*
+        ({1: (None, None), 2: (11, 11), 4: (9, 9)}, 2, True),  # what it needs at least is more than at b*
         ({1: (None, None), 2: (90, 90), 4: (80, 80)}, 2, False),  # it may need less
         ({1: (None, 60), 2: (10, 12), 4: (None, 1)}, None, None),
     ],
@@ -378,13 +418,15 @@ def test_b_star_and_whether_it_lies_inside_the_grid(reached, b_star, inside):
     assert row["c_squared_from_b_star"] == pytest.approx(b_star * 1.0**2 / 0.1)
 
 
-def test_neighbours_that_diverged_or_had_eps_at_once_leave_b_star_open():
+def test_a_neighbour_that_diverged_or_had_eps_at_once_leaves_b_star_open_up_to_the_next_size():
     reached = {1: (60, 60), 2: (10, 12), 4: (9, 9)}
     for key in ("diverged", "at_first_check"):
         table = grid(reached)
         table.loc[table["b"] == 4, [key, "reached"]] = [1, 1]
+        row = one(critical.b_star(table))
+        assert row["b_star"] == 2 and not row["inside"] and math.isnan(row["b_star_fit_high"])
         row = one(critical.b_star(pd.concat([table, table[:1].assign(b=8)])))
-        assert row["b_star"] == 2 and not row["inside"]
+        assert row["inside"] and (row["b_star_fit_low"], row["b_star_fit_high"]) == (1, 8)
 
 
 def test_the_published_steps_and_b_star_come_out_of_runs_that_reach_eps_there(tmp_path):
@@ -405,6 +447,138 @@ def test_the_published_steps_and_b_star_come_out_of_runs_that_reach_eps_there(tm
     )  # the edge of this grid
 
 
+def simulated(log_sfo, sizes, rng, noise, seeds, eps=1.0):
+    """A table of steps: log SFO at log2 b + noise of a seed at each b + what a seed adds to all."""
+    x = np.log2(sizes)
+    logs = log_sfo(x)[:, None] + noise * rng.standard_normal((len(x), seeds)) + 0.3 * rng.standard_normal(seeds)
+    rows = [
+        {"b": b, "seed": seed, "sfo": math.exp(of), "reached": True, "at_first_check": False}
+        for b, row in zip(sizes, logs, strict=True)
+        for seed, of in enumerate(row)
+    ]
+    about = {"setting": "s", "curve": "c", "label": "SGD", "optimizer": "sgd", "lr": 0.1, "beta1": np.nan}
+    table = pd.DataFrame(rows).assign(**about, min_epochs=0, eps=eps, steps=1e4)
+    table["log_sfo"] = np.log(table["sfo"]) - critical._of_seed(table)
+    found = over_seeds(table, critical.KEY, ["steps", "sfo", "log_sfo"])
+    return found.assign(reached=seeds, at_first_check=0, diverged=0, after_fit=0)
+
+
+def floor(at):
+    """The running mean's: steps ~ b/(b − floor), infinite at half of the best b = 2^at."""
+    return lambda x: np.log(2**x / (1 - 2.0 ** (at - 1 - x)))
+
+
+def flat(at):
+    """As the published curves: within 10 % over a factor of 4, and steeper below."""
+    return lambda x: np.log(1 + 0.1 * (2 ** (x - at) + 0.5 * 2 ** (-2 * (x - at))))
+
+
+@pytest.mark.parametrize(("curve", "step", "below"), [(floor, 0.25, 3), (flat, 1.0, 4), (flat, 0.5, 5)])
+@pytest.mark.parametrize(("noise", "seeds"), [(0.02, 3), (0.05, 3), (0.05, 5)])
+def test_the_interval_of_b_star_holds_and_the_best_size_does_not(monkeypatch, curve, step, below, noise, seeds):
+    """Minima known, steep on one side, at any place between two sizes; a seed's own level must not matter."""
+    monkeypatch.setattr(critical, "REDRAWS", 1000)
+    rng, held, fitted, missed, times = np.random.default_rng(1), 0, 0, 0, 60
+    for _ in range(times):
+        at = 8 + step * rng.uniform(-0.5, 0.5)
+        sizes = 2 ** (8 + step * np.arange(-below, below + 2))
+        row = one(critical.b_star(simulated(curve(at), sizes, rng, noise, seeds)))
+        low, high = (row[f"b_star_fit_{end}"] for end in ("low", "high"))
+        held += not (low > 2**at or high < 2**at)
+        fitted += row["b_star_fit"] > 0
+        missed += abs(math.log2(row["b_star"]) - at) > step / 2
+    assert held >= 0.9 * times and fitted > 0.7 * times
+    assert missed > 0.02 * times  # each of them is off by a whole size, and says nothing of it
+
+
+def test_what_a_seed_adds_at_every_b_widens_nothing_and_one_seed_gives_no_interval():
+    sizes, plain = 2 ** np.arange(4, 13), simulated(flat(8), 2 ** np.arange(4, 13), np.random.default_rng(0), 0.01, 3)
+    row = one(critical.b_star(plain))
+    assert row["b_star_fit_high"] < 1.5 * row["b_star_fit_low"]  # though seeds differ by 30 %
+    row = one(critical.b_star(simulated(flat(8), sizes, np.random.default_rng(0), 0.01, 1)))
+    assert row["b_star_fit"] > 0 and math.isnan(row["b_star_fit_low"]) and math.isnan(row["b_star_fit_high"])
+
+
+def test_two_sizes_are_told_apart_as_by_the_paired_t_test():
+    rng, found = np.random.default_rng(0), set()
+    for _ in range(60):
+        table = simulated(lambda x: 0.1 * x, np.array([4, 8]), rng, 0.03, 3)
+        low, high = table["log_sfo_mean"]
+        alike = abs(high - low) <= T[2] * 2 * table["log_sfo_se"][0]  # half of a difference is each seed's residual
+        assert (one(critical.b_star(table))["alike"] == "4 8") == alike
+        found.add(alike)
+    assert found == {True, False}
+
+
+def test_the_power_of_eps_and_c_squared_beside_what_is_measured():
+    """b* = 128/ε²; C² is measured up to ε alone."""
+    rng = np.random.default_rng(0)
+    grids = [simulated(flat(7 - 2 * math.log2(e)), 2 ** np.arange(4, 15), rng, 0.01, 3, e) for e in (1.0, 0.7, 0.5)]
+    rows = [{"steps": steps, "c_squared": 30.0 + steps / 1e3, "draws": 8} for steps in (0, 1000, 9000, 11000)]
+    about = {"curve": "c", "b": 128, "batch_size": 128, "layer": "all", "batchnorm": "train", "seed": 0}
+    stars = critical.b_star(pd.concat(grids), pd.DataFrame(rows).assign(**about))
+    row = one(critical.power(stars))
+    assert row["every_eps"] == "0.5 0.7 1" or row["every_eps"] == "1 0.7 0.5"
+    assert row["power_low"] < 2 < row["power_high"] and row["power"] == pytest.approx(2, abs=0.1)
+    assert row["other_fits_low"] < row["power"] < row["other_fits_high"]
+    star = one(stars, eps=1.0)
+    assert star["c_squared_from_b_star"] == star["b_star"] / 0.1 == 1280
+    for end in ("", "_low", "_high"):
+        assert star[f"c_squared_fit{end}"] == pytest.approx(star[f"b_star_fit{end}"] / 0.1)
+    assert (star["c_squared_run"], star["c_squared_at_eps"], star["c_squared_max"]) == pytest.approx(
+        (33.3333, 39, 39), rel=1e-4
+    )
+    assert star["b_star_formula"] == pytest.approx(3.33333, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "note"), [("after_fit", 1, "after the fit"), ("steps_mean", 49, "below 50")]
+)
+def test_a_b_star_that_says_nothing_is_marked_and_not_fitted(column, value, note):
+    table = simulated(flat(8), 2 ** np.arange(4, 13), np.random.default_rng(0), 0.01, 3).assign(**{column: value})
+    stars = critical.b_star(table)
+    assert note in one(stars)["note"] and math.isnan(one(stars)["b_star_fit"]) and critical.power(stars).empty
+
+
+def test_steps_after_the_fit_are_counted_and_their_product_with_eps_is_constant(tmp_path):
+    for b, seed in ((100, 0), (200, 0), (100, 1), (200, 1)):
+        norms = np.r_[np.full(400 * (seed + 1), 2.0), np.zeros(8000)]
+        fit = {"steps": 10 * 4000 // b, "training_loss": 0.009}
+        flags = f"--mode=critical --optimizer=sgd --batchsize={b} --seed={seed} --min_epochs=0 --eps 1.6 0.8 0.4"
+        record(tmp_path, flags, len(norms), norms=norms, metrics=[fit | {"steps": 1, "training_loss": 0.001}, fit])
+    table = critical.steps_to_eps(records.runs(tmp_path))
+    assert (table["steps_mean"] * table["eps"]).to_numpy() == pytest.approx(1200, rel=1e-3)
+    assert table["log_sfo_se"].max() < 1e-3  # though one seed needs twice the steps of the other, at every b
+    assert table["after_fit"].tolist() == [2] * 6 and set(critical.b_star(table)["note"]) == {"after the fit"}
+
+
+def test_the_published_steps_read_the_same_way():
+    """b* by the fits of three, five, seven sizes and a spline; a cubic says more, and less surely."""
+    stars = critical.b_star(published.steps()).set_index("eps")
+    assert stars["b_star"].to_dict() == {0.5: 1024, 0.7: 512, 1.0: 256}
+    fits = [name for name in critical.OF_FITS if "cubic" not in name]
+    for eps, low, high in ((1.0, 300, 335), (0.7, 310, 660), (0.5, 490, 790)):
+        assert low < stars.loc[eps, fits].min() and stars.loc[eps, fits].max() < high
+    assert stars["b_star_fit"].round().to_dict() == {0.5: 858, 0.7: 556, 1.0: 285}
+    row = one(critical.power(stars.reset_index()))
+    assert [round(row[key], 1) for key in ("other_fits_low", "other_fits_high", "power", "argmin")] == [
+        0.7,
+        1.6,
+        1.6,
+        2.0,
+    ]
+    assert math.isnan(row["power_low"])  # there are no seeds
+
+
+def test_minima_of_many_polynomials_at_once():
+    x = np.linspace(3, 9, 7)
+    inside, falling = (x - 5) ** 2 * (x + 9), -x
+    assert critical.minimum(x, np.stack([inside, falling, -falling]).T).tolist() == pytest.approx([5, 9, 3])
+    assert (
+        critical.minimum(x, (x - 4.5) ** 2, 2) == pytest.approx(4.5) and critical.minimum(x, -((x - 5) ** 2), 2) == 9
+    )
+
+
 # --- the paper's formulas ---------------------------------------------------------------------------------------
 
 
@@ -422,6 +596,18 @@ def test_the_published_steps_and_b_star_come_out_of_runs_that_reach_eps_there(tm
 def test_published_c_squared_follows_from_a_power_of_two(optimizer, b, value):
     assert theory.c_squared(optimizer, 0.1, b, 0.5, 0.9) == pytest.approx(value, abs=1e-4)
     assert theory.critical_batch_size(optimizer, 0.1, value, 0.5, 0.9) == pytest.approx(b, rel=1e-4)
+
+
+def test_nshb_s_formula_is_no_bound(train):
+    """At step 0 δ ≥ ηβ‖∇f‖, which the formula falls below from b = C²/((1 − β)β²‖∇f‖²) on."""
+    flags = "--mode sampling --steps 0 --optimizer nshb --model Softmax --measure noise --draws 8 --batchsize"
+    for b, above in ((500, False), (2000, True)):
+        status, folder = train(*flags.split(), b)
+        row = one(page.tables(records.runs(folder.parent).query("b == @b"))["delta"])
+        memory = 0.05 * 0.9 * row["k"]
+        assert status == 0 and row["delta_mean"] > 0.99 * memory
+        assert (b > row["c_squared_max"] / (0.1 * 0.81 * row["k"] ** 2)) == above
+        assert (row["delta_formula"] < memory) == above == (row["formula_over_measured"] < 1)
 
 
 def test_delta_by_the_formula():

@@ -1,0 +1,95 @@
+"""What predicts test accuracy: one row a setting, all of one window, and how well each predictor does."""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from report import records, theory
+from report.critical import minimum
+from report.statistics import POINT, fits, longest, measured, over_seeds, own
+
+KEY = ["network", "curve", "label", "optimizer", "lr", "beta1", "b"]
+PREDICTORS = ("delta", "delta_formula", "temperature", "lr_over_b", "updates", "lambda_max")
+RESAMPLES = 2000
+
+
+def trajectories(runs):
+    """Return one row a trajectory: its fit (updates; no value: it did not fit), accuracy, and what may predict it.
+
+    All as in docs/measuring.md, up to the end without a fit. lr_over_b: lr_eff/b.
+    """
+    curves, rows = records.curves(runs), own(records.measurements(runs))
+    rows = rows[(rows["batchnorm"] == rows["batchnorm"].max()) & (rows["epoch"] >= 1)]  # eval < train
+    table = longest(runs).set_index(POINT).join(fits(curves))
+    end = table["fit"].fillna(table["steps"]).rename("end")
+    late = pd.concat([curves, records.measurements(runs)]).reindex(columns=list({*curves, "accuracy_recalibrated"}))
+    late = late.groupby([*POINT, "steps"])[["accuracy", "accuracy_recalibrated", "training_acc"]].first()
+    recalibrated = late["accuracy_recalibrated"].groupby(POINT).count() > 0  # there is BatchNorm
+    late = late.dropna(subset="accuracy").reset_index("steps").join(end)
+    late = late[(late["steps"] >= 0.9 * late["end"]) & (late["steps"] <= late["end"])].groupby(POINT).mean()
+    rows = rows.join(end, on=POINT)
+    rows = rows[rows["steps"] <= rows["end"]]
+
+    def of(name, how="mean"):
+        return measured(rows, name).groupby(POINT)[name].agg(how).reindex(table.index)
+
+    accuracy = late["accuracy_recalibrated"].where(recalibrated.reindex(late.index), late["accuracy"])
+    lr_eff = table["lr"] / (1 - table["beta1"].where(table["optimizer"] == "shb", 0))
+    temperature = lr_eff * (of("variance") + of("injected").fillna(0))
+    b = table.index.get_level_values("b")
+    found = {"accuracy": accuracy, "gap": late["training_acc"] - accuracy, "delta": of("delta"), "updates": end}
+    found |= {"lr_eff": lr_eff, "temperature": temperature, "lr_over_b": lr_eff / b, "lambda_max": of("lambda_max")}
+    constants = of("c_squared", "max"), of("full_gradient_norm", "max")
+    table = table.assign(**found).reset_index()
+    table["delta_formula"] = theory.deltas(table, *constants)
+    return table[[*KEY, "seed", "fit", *found, "delta_formula"]]
+
+
+def settings(runs):
+    """Return one row a setting (optimizer, η, b, β, injection): `trajectories` over seeds, as `over_seeds`.
+
+    fits: whether every seed does. A setting that does not stands outside of `table` and of the figure.
+    """
+    rows = trajectories(runs).assign(fitted=lambda rows: rows["fit"].notna())
+    table = over_seeds(rows, KEY, ["fit", "accuracy", "gap", *PREDICTORS])
+    fitted = rows.groupby(KEY, dropna=False)["fitted"].agg(fitted="sum", fits="all").reset_index()
+    return table.merge(fitted, on=KEY)
+
+
+def table(points):
+    """Return one row a predictor, of the settings that fit and have it; four at least.
+
+    peak: place of the maximum of a quadratic in the predictor's log, if inside the range, with 95 % interval _low to
+    _high by resampling settings, ten or more; an end that leaves the range is open.
+    """
+    rows = []
+    for name in PREDICTORS:
+        known = points[points["fits"] & (points[f"{name}_mean"] > 0)].dropna(subset="accuracy_mean")
+        known = known.sort_values(f"{name}_mean")
+        x, y = np.log(known[f"{name}_mean"].to_numpy()), known["accuracy_mean"].to_numpy()
+        if len(set(x)) < 4:
+            continue
+        peak, ends = minimum(x, -y, 2), (np.nan, np.nan)
+        if len(x) >= 10:
+            drawn = np.sort(np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x))))
+            ends = np.quantile([minimum(x[i], -y[i], 2) for i in drawn], [0.025, 0.975])
+        row = {"predictor": name, "settings": len(x), "rank_correlation": stats.spearmanr(x, y).statistic}
+        places = {"peak": peak, "peak_low": ends[0], "peak_high": ends[1]}
+        row |= {key: np.exp(at) if x[0] < at < x[-1] else np.nan for key, at in places.items()}
+        row["inside"] = bool(x[0] < peak < x[-1])
+        row["r_squared"] = np.corrcoef(np.polyval(np.polyfit(x, y, 2), x), y)[0, 1] ** 2
+        rows.append(row | left_out(x, y, known["optimizer"].to_numpy()))
+    return pd.DataFrame(rows)
+
+
+def left_out(x, y, groups):
+    """Return R² of quadratics that predict each group from the others, and how many of these are extrapolated."""
+    predicted, outside = np.full(len(y), np.nan), 0
+    for group in set(groups):
+        here = groups == group
+        if len(set(x[~here])) > 3:
+            predicted[here] = np.polyval(np.polyfit(x[~here], y[~here], 2), x[here])
+            outside += int(((x[here] < x[~here].min()) | (x[here] > x[~here].max())).sum())
+    at = ~np.isnan(predicted)
+    r_squared = 1 - ((y[at] - predicted[at]) ** 2).sum() / (len(y[at]) * y[at].var()) if at.any() else np.nan
+    return {"left_out": r_squared, "extrapolated": outside}
