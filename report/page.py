@@ -262,6 +262,7 @@ def write(runs, out, kind="png", min_epochs=None):
     return "\n".join(lines)
 
 
+@plots.styled
 def _write_figure(path, figure, kind):
     undated = {"CreationDate": None} if kind == "pdf" else {"Software": None}  # the same figure is the same file
     with replacing(path) as image:

@@ -1,9 +1,12 @@
 """The figures. Each function takes tables that `report.page` makes, and returns a Figure; its title is a question."""
 
+from contextlib import contextmanager
+
 import numpy as np
-from matplotlib import rc_context, ticker
+from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.figure import Figure
 
+from arguments import lagging
 from measure.quantities import quantity
 
 COLORS = {"SGD": "#0072B2", "SHB": "#D55E00", "NSHB": "#009E73", "QHM": "#CC79A7"}
@@ -24,7 +27,17 @@ STYLE = {
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
     "figure.constrained_layout.use": True,
 }
-styled = rc_context(STYLE)
+
+
+@contextmanager
+def _styled():
+    with rc_context():
+        rcdefaults()  # not the user's matplotlibrc, which may want TeX
+        rcParams.update(STYLE)
+        yield
+
+
+styled = _styled()
 
 
 def label(name):
@@ -32,6 +45,13 @@ def label(name):
     q, words = quantity(name), name.replace("_", " ")
     words = q.symbol if q.symbol and name != "training_loss" else words
     return words + (f" ({q.unit})" if q.unit else "")
+
+
+def _early(table):
+    """Return what to say below a test accuracy, if anything; the second word of `setting` is the network."""
+    known = table.dropna(subset="accuracy_mean")
+    steps = known["steps_min" if "steps_min" in known else "steps"].min()
+    return "\nlow before update 100: BatchNorm lags" if lagging(known["setting"].iloc[0].split(", ")[1], steps) else ""
 
 
 # --- what the figures have in common ------------------------------------------------------------------------
@@ -118,7 +138,8 @@ def training(table):
         for name, look, rows in _curves(known):
             few = look if len(rows) < 20 else look | {"marker": ""}
             _band(ax, rows, "epoch", quantity_, **few, label=name)
-        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}", ylabel=label(quantity_))
+        early = _early(table) if quantity_ == "accuracy" and len(known) else ""
+        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}{early}", ylabel=label(quantity_))
     _log(axes[2])
     _name_curves(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return fig
@@ -136,7 +157,7 @@ def accuracy(table, event):
         floor = ax.get_xaxis_transform()
         ax.plot(lost["b"], np.full(len(lost), 0.03), "x", color=look["color"], transform=floor, clip_on=False)
     _size_axis(ax, table["b"])
-    ax.set(ylabel=f"test {label('accuracy')} at {event}")
+    ax.set(xlabel=f"{ax.get_xlabel()}{_early(table)}", ylabel=f"test {label('accuracy')} at {event}")
     _name_curves(ax)
     return fig
 

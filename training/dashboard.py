@@ -162,7 +162,8 @@ def start_wandb(args: Namespace, directory: Path, config: dict, run_id: str):
     if args.wandb_mode == "disabled":
         return None
     os.environ.setdefault("WANDB_CACHE_DIR", str((directory / "wandb").absolute()))
-    os.environ.pop("WANDB_MODE", None)  # args.wandb_mode has taken it into account
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        os.environ.pop(name, None)  # args.wandb_mode has taken it into account
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # seconds that a kill can cost, not 15
     logging.raiseExceptions = False  # on a full disk wandb's logs would bury our own line under tracebacks
     has_entity = args.wandb_entity != "XXXXXX"
@@ -177,7 +178,7 @@ def start_wandb(args: Namespace, directory: Path, config: dict, run_id: str):
 
             sys.stdin = open(os.devnull)  # noqa: SIM115 (without a key it must fail, not ask and wait)
             settings = wandb.Settings(silent=True, console="off")
-            run = wandb.init(**about, mode=mode, dir=directory, id=run_id, resume="allow", settings=settings)
+            run = wandb.init(**about, mode=mode, dir=str(directory), id=run_id, resume="allow", settings=settings)
             run.define_metric("steps")
             run.define_metric("*", step_metric="steps")
             if mode == "offline":

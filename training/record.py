@@ -20,7 +20,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from arguments import ENDLESS, EXIT_STATUS, defaults, planned_steps, result_arguments
+from arguments import ENDLESS, EXIT_STATUS, defaults, lagging, planned_steps, result_arguments
 from measure.quantities import INDEX, MEASURED, columns
 from training.dashboard import Dashboard
 from utils import UserError, environment, out_of_memory, plain, read_json, replacing, warn, write_json
@@ -241,7 +241,7 @@ class Record:
         raise UserError(f"argument --name: {self.directory} exists already ({status}){advice}")
 
     def begin(self, device, step: int) -> None:
-        """Start logging at `step` on a torch.device. A wandb agent names the wandb run, by WANDB_RUN_ID."""
+        """Start logging at `step` on a torch.device. An agent, not a shell, names the wandb run by WANDB_RUN_ID."""
         self._check_still()
         before = read_args(self.directory)
         same_run = before.get("args", {}).get("name") == self.args.name  # and no copy under another name
@@ -249,7 +249,8 @@ class Record:
         now = {"first_step": step} | environment(device)
         if parts:
             warn_of_other_bits(parts[-1], now)
-        run_id = os.environ.get("WANDB_RUN_ID") or (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
+        own_id = (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
+        run_id = (os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) or own_id
         about = {"args": vars(self.args), "data_checksum": self.data_checksum}
         write_json(self.directory / "args.json", about | {"wandb_id": run_id, "environments": [*parts, now]})
         config = plain(result_arguments(self.args) | {"environment": now})
@@ -278,8 +279,9 @@ class Record:
         self._omega = None
         if row and say:
             line = " ".join(f"{key} {row[key]:.4g}" for key in METRICS[1:] if row.get(key) is not None)
+            doubt = lagging(self.args.model, row["steps"]) if "accuracy" in line else ""
             with tqdm.external_write_mode():
-                print(f"step {row['steps']} {line}", flush=True)
+                print(f"step {row['steps']} {line}{doubt and f' (accuracy {doubt})'}", flush=True)
 
     def save_omega(self, omega: np.ndarray, step: int) -> None:
         """Keep ω of step `step`, flat float32, in omega.npy; the next `log` shows its histogram in wandb."""
