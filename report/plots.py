@@ -94,7 +94,7 @@ def _name_curves(ax):
 def _interval(ax, rows, x, name, **look):
     """Draw means of a quantity over `x` with their 95 % t intervals, where they have one."""
     mean = rows[f"{name}_mean"]
-    error = [(mean - rows[f"{name}_low"]).fillna(0), (rows[f"{name}_high"] - mean).fillna(0)]
+    error = np.nan_to_num([mean - rows[f"{name}_low"], rows[f"{name}_high"] - mean])
     ax.errorbar(rows[x], mean, error, **look)
 
 
@@ -266,10 +266,10 @@ def smoothing(table, event):
     for i, (kind, (name, marker, color, predicted)) in enumerate(KINDS.items()):
         at, mean, low, high = x + 0.22 * (i - 1), *(table[f"{kind}_{of}"] for of in ("mean", "low", "high"))
         known, look = low.isna() | (low > 0), {"fmt": marker, "color": color}
-        error = [(mean - low)[known].fillna(0), (high - mean)[known].fillna(0)]
+        error = np.nan_to_num([(mean - low)[known], (high - mean)[known]])
         ax.errorbar(at[known], mean[known], error, **look, label=name)
         limit = ~known & (high > 0)  # a logarithmic axis has no zero for the interval to reach
-        ax.errorbar(at[limit], high[limit], 0.6 * high[limit], uplims=True, mfc="white", **look)
+        ax.errorbar(at[limit], high[limit], 0.6 * high[limit].to_numpy(), uplims=True, mfc="white", **look)
         ax.hlines(table[f"{predicted}_mean"], at - 0.09, at + 0.09, color="k", lw=1.2, zorder=3)
     at = x[0] - 0.32, table["excess_predicted_mean"].iloc[0]
     ax.annotate("predicted", at, ha="right", va="center", fontsize=7)

@@ -113,7 +113,7 @@ def _rows(runs, name, declared):
     found = []
     for run in runs.to_dict("records"):
         if (run["folder"] / name).exists():
-            rows = pd.read_csv(run["folder"] / name)
+            rows = pd.read_csv(run["folder"] / name, float_precision="round_trip")  # pandas 2 would not be exact
             found.append(rows.assign(**{key: run[key] for key in RUN}))
     table = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     return table.reindex(columns=list(dict.fromkeys([*RUN, *declared, *table.columns])))

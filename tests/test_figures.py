@@ -344,4 +344,4 @@ def test_results_are_what_their_records_give(tmp_path):
                 assert same, (path.name, key, value, other[key])
     for path in tmp_path.glob("*.png"):
         images = [matplotlib.image.imread(folder / path.name)[..., :3] for folder in (tmp_path, ROOT / "results")]
-        assert np.abs(np.subtract(*images)).mean() < 0.02, path.name
+        assert np.abs(np.subtract(*images)).mean() < 0.04, path.name  # other versions have other fonts
