@@ -6,12 +6,11 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import models
 from datasets import DATASETS
 from models import NETWORKS
-from utils import Parser, UserError, number, one_of
+from utils import Parser, UserError, number, one_of, path
 
 ENDLESS = 2**62  # more steps than a run can make
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
@@ -140,11 +139,11 @@ def _add_machine(add: Callable) -> None:
     add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
     add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
-    add("--data_dir", type=Path, default="data", metavar="DIR", help="where the data sets are cached")
+    add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
 
 def _add_record(add: Callable) -> None:
-    add("--runs_dir", type=Path, default="runs", metavar="DIR", help="where runs are recorded")
+    add("--runs_dir", type=path, default="runs", metavar="DIR", help="where runs are recorded")
     add("--name", type=run_name, help="directory of this run below runs_dir (default: made of its arguments)")
     add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
     add("--checkpoint_every", type=SECONDS, default=300.0, metavar="SECONDS", help="between two checkpoints")

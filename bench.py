@@ -208,7 +208,7 @@ def command_line(argv: list[str]) -> tuple[Namespace, list[str]]:
     add("--modes", nargs="+", **utils.one_of(*MODES), default=list(MODES))
     add("--seconds", type=positive, default=0.5, help="of a block, at least (default: 0.5)")
     add("--rounds", type=whole, default=7, help="blocks of each side (default: 7)")
-    add("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="where the JSON goes")
+    add("--out", type=utils.path, default=Path("bench.json"), metavar="FILE", help="where the JSON goes")
     return parser.parse_known_args(argv)
 
 

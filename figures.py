@@ -17,15 +17,15 @@ except ValueError:  # MPLBACKEND names a backend that it does not know; figures 
 
 from arguments import WHOLE
 from report import page, records
-from utils import Parser, UserError, one_of, replacing, say, usable_streams
+from utils import Parser, UserError, one_of, path, replacing, say, usable_streams
 
 
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("runs_dir", metavar="RUNS_DIR", type=Path, help="run records, at any depth below it")
-    add("--out", metavar="DIR", type=Path, default=Path("figures"), help="default: figures")
+    add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
+    add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
     rule = "passes before the check for ε starts (default: as critical runs had it, or 11)"
     add("--min_epochs", metavar="N", type=WHOLE, help=rule)
     add("--format", **one_of("png", "pdf"), default="png", help="of the figures (default: png)")

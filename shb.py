@@ -71,7 +71,7 @@ class SGD(Optimizer):
         super().load_state_dict(state_dict | {"param_groups": groups})
 
     def _refuse_others(self, group: dict) -> None:
-        for key in (TORCH.keys() | {"nu"}) & group.keys() - self.defaults.keys():
+        for key in sorted((TORCH.keys() | {"nu"}) & group.keys() - self.defaults.keys()):
             if group[key] != self.neutral.get(key):
                 raise ValueError(f"{type(self).__name__} knows no {key}, and would ignore {key}={group[key]}")
 

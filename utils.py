@@ -157,6 +157,13 @@ def number(kind: type, allowed: str, check: Callable):
     return convert
 
 
+def path(text: str) -> Path:
+    """A converter for the path of a directory or file."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
+    return Path(text)
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -248,14 +255,18 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
+def git_commit() -> str | None:
+    """The commit of this repository; None outside git, also where another repository holds an unpacked copy of it."""
+    git = ["git", "-C", str(Path(__file__).parent), "--git-dir=.git", "--work-tree=."]  # whatever GIT_DIR a hook has
+    git += ["describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    return done.stdout.strip() if done and done.returncode == 0 else None
+
+
 def environment(device) -> dict:
     """What ran this: versions of the libraries, the device by name, the git commit (None outside git)."""
     import torch
 
-    # Ours alone: not that of a repository around a kit that was unpacked from a zip, nor of a hook's GIT_DIR.
-    git = ["git", "-C", str(Path(__file__).parent), "--git-dir=.git", "--work-tree=."]
-    git += ["describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -264,7 +275,7 @@ def environment(device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),  # which vector instructions, and so which order of sums
-        "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+        "git_commit": git_commit(),
     }
 
 

@@ -196,8 +196,10 @@ def test_the_environment_and_the_flag_are_respected(tmp_path):
         argv = [*BASE, *argv, "--name", name, "--max_steps", 1]
         status, log = child.run(argv, tmp_path, **CLEAN | {"WANDB_MODE": mode})
         assert status == 0 and "wandb" not in log and not (tmp_path / "runs" / name / "wandb").exists(), log
-    status, log = child.run([*BASE, "--max_steps", 1], tmp_path, **OFFLINE, WANDB_RUN_ID="of-the-sweep")
-    assert status == 0 and log.endswith("-of-the-sweep`\n"), log
+    for sweep in ("a-sweep", None):  # without one, the id is a shell's, and would be that of all its runs
+        env = OFFLINE | {"WANDB_RUN_ID": "given", "WANDB_SWEEP_ID": sweep}
+        status, log = child.run([*BASE, "--max_steps", 1, "--name", f"of-{sweep}"], tmp_path, **env)
+        assert status == 0 and log.endswith("-given`\n") == bool(sweep), log
 
 
 @pytest.mark.parametrize("module", ["raise ImportError", "Settings = dict\ndef init(**_): raise OSError('a\\nb')"])
