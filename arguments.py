@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Search direction noise and critical batch sizes of SGD with and without momentum.",
         epilog="In the names of flags, - and _ mean the same. Exit status: 0 finished, 3 diverged, 2 error, "
-        "130 or 143 stopped with a checkpoint.",
+        "129, 130 or 143 stopped with a checkpoint.",
     )
     _add_experiment(parser.add_argument_group("the experiment (paper, section 2)").add_argument)
     _add_measuring(parser.add_argument_group("what is measured").add_argument)

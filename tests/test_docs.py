@@ -21,7 +21,6 @@ NOTEBOOK = """
 import runpy, sys, types
 sys.stdout = sys.stderr = types.SimpleNamespace(write=sys.stdout.write, flush=sys.stdout.flush)
 {program}
-curves.pivot_table(index="steps", columns="label", values="training_loss").plot().figure.savefig("loss.png")
 for command in ("figures.py runs --out out", "main.py --lr=0"):
     program, *sys.argv[1:] = command.split()
     try:
