@@ -161,7 +161,7 @@ def path(text: str) -> Path:
     """A converter for the path of a directory or file."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
-    return Path(text)
+    return Path(text).expanduser()  # a shell leaves the ~ of --runs_dir=~/runs to us
 
 
 # --- files --------------------------------------------------------------------------------------------------

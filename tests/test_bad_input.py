@@ -257,6 +257,7 @@ def test_a_wandb_mode_that_does_not_exist(tmp_path):
 
 def test_names_of_flags_take_either_dash():
     for flag in ("--runs-dir", "--runs_dir"):
+        assert parse([f"{flag}=~/a-b"]).runs_dir == Path.home() / "a-b"
         args = parse([flag, "a-b_c", "--wandb_project=x"])
         assert (args.runs_dir, args.name) == (Path("a-b_c"), "normal-CIFAR100-ResNet18-shb-b8-lr0.1-beta0.9-seed0")
     assert parse(["--optimizer=sgd", "--mode=critical"]).name == "critical-CIFAR100-ResNet18-sgd-b8-lr0.1-seed0"

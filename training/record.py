@@ -132,6 +132,11 @@ class Growing:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Nothing more is written: a process that makes many runs must not run out of files."""
+        if self._file is not None:
+            self._file.close()
+
     def size_on_disk(self) -> int:
         """Bytes that the file holds now; 0 where there is none."""
         return self.path.stat().st_size if self.path.is_file() else 0
@@ -310,7 +315,8 @@ class Record:
         """End progress and wandb, which may take FINISH_LIMIT seconds if it hangs: nothing else is left to do."""
         self.bar.close()
         self.dashboard.close(exit_code)
-        self._lock_file.close()  # the process may go on, as a notebook does
+        for file in (self._lock_file, *self._growing):
+            file.close()  # the process may go on, as a notebook does
 
     def save_checkpoint(self, content: dict) -> None:
         """Write a checkpoint of tensors and plain values; the one before is kept. OSError if the disk is full."""
