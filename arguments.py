@@ -1,19 +1,16 @@
 """The command line: every flag, checked before anything slow or lasting happens. No torch."""
 
 import argparse
-import difflib
 import functools
-import math
 import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import models
 from datasets import DATASETS
 from models import NETWORKS
-from utils import UserError
+from utils import Parser, UserError, number, one_of, path
 
 ENDLESS = 2**62  # more steps than a run can make
 EXIT_STATUS = {"finished": 0, "not_reached": 0, "diverged": 3}
@@ -44,57 +41,9 @@ OF_MODE = {
     "steps": "sampling",
 }
 OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "full_grad_batchsize", "exact_memory")
-SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
-SYNONYMS |= {"compile": "cuda_graph", "full_grad_every": "measure_every", "shape": "measure", "smoothing": "measure"}
 
 
 # --- the parser ---------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, instead of printing the usage and exiting."""
-
-    def error(self, message: str):
-        """Called by argparse."""
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown == message:
-            raise UserError(message)
-        flag = re.split("[ =]", unknown)[0].lstrip("-")
-        known = [action.dest for action in self._actions]
-        meant = SYNONYMS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
-        hint = f"; did you mean --{meant}?" if meant else ""
-        raise UserError(f"{message}{hint}; --help lists what is allowed")
-
-
-def one_of(*allowed: str) -> dict:
-    """Options of add_argument for one of some names; a wrong one is answered by the one that was meant."""
-
-    def convert(text: str):
-        if text not in allowed:
-            folded = {name.lower(): name for name in allowed}
-            meant = difflib.get_close_matches(text.lower(), folded, 1)
-            hint = f"; did you mean {folded[meant[0]]}?" if meant else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}{hint}")
-        return text
-
-    return {"type": convert, "choices": allowed}
-
-
-def number(kind: type, allowed: str, check: Callable):
-    """A converter for argparse that names what was given and what is allowed."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and check(value)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
-            hint = "; where several are allowed, spaces separate them" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}{hint}")
-        return value
-
-    return convert
 
 
 def run_name(text: str) -> str:
@@ -109,16 +58,10 @@ def run_name(text: str) -> str:
 
 def device(text: str) -> str:
     """A converter for the name of a device."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,2}))?", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, …")
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", text):
+        why = "; mps has no float64, in which norms are summed" if text == "mps" else ""
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, cuda, cuda:0, cuda:1, …{why}")
     return text
-
-
-def path(text: str) -> Path:
-    """A converter for the path of a directory or file."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
-    return Path(text)
 
 
 POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
@@ -139,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Search direction noise and critical batch sizes of SGD with and without momentum.",
         epilog="In the names of flags, - and _ mean the same. Exit status: 0 finished, 3 diverged, 2 error, "
-        "130 or 143 stopped with a checkpoint.",
+        "129, 130 or 143 stopped with a checkpoint.",
     )
     _add_experiment(parser.add_argument_group("the experiment (paper, section 2)").add_argument)
     _add_measuring(parser.add_argument_group("what is measured").add_argument)
@@ -196,7 +139,7 @@ def _add_machine(add: Callable) -> None:
     precisions = (
         "default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast"
     )
-    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
     add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
@@ -225,11 +168,9 @@ def defaults() -> dict:
 
 def parse(argv: list[str]) -> Namespace:
     """The checked arguments, `name` filled in. UserError names the argument, what was given and what is allowed."""
-    normalized = [
-        re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word, flags=re.DOTALL) for word in argv
-    ]
-    args = build_parser().parse_args(normalized)
-    given = {word[2:].partition("=")[0] for word in normalized if word.startswith("--")}
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given = {word[2:].partition("=")[0] for word in parser.given if word.startswith("--")}
     for flag in ("steps", "draw_batchsizes", "measure_batchnorm", "measure"):
         values = getattr(args, flag)
         if len(set(values)) < len(values):
@@ -323,6 +264,8 @@ def _check(args: Namespace) -> None:
 
 def _wandb_mode(entity: str) -> str:
     given = os.environ.get("WANDB_MODE") or ("offline" if entity == "XXXXXX" else "online")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # as transformers have taught people
+        given = "disabled"
     mode = {"dryrun": "offline", "run": "online"}.get(given, given)  # wandb's older names
     if mode not in WANDB_MODES:
         raise UserError(f"argument --wandb_mode: the variable WANDB_MODE is {given!r}, allowed are {WANDB_MODES}")
@@ -373,6 +316,12 @@ def planned_steps(args: Namespace) -> int:
     """The updates after which a run ends at the latest; ENDLESS for `critical` without --max_steps."""
     own = {"normal": args.epochs * steps_per_epoch(args), "critical": ENDLESS, "sampling": args.steps[-1]}[args.mode]
     return min(own, args.max_steps or ENDLESS)
+
+
+def lagging(model: str, steps: float) -> str:
+    """What to say of the test accuracy of a network after so few updates; empty where there is nothing to say."""
+    late = steps < 100 and model not in models.WITHOUT_BATCHNORM
+    return "may be low: BatchNorm's averages lag in the first 100 updates" if late else ""
 
 
 def steps_per_epoch(args: Namespace) -> int:

@@ -26,6 +26,8 @@ from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
 import numpy as np
 import torch
 import torch._dynamo  # an optimizer loads it, in a second: here, so that a forked side need not
@@ -196,17 +198,17 @@ def line(row: dict) -> str:
 
 def command_line(argv: list[str]) -> tuple[Namespace, list[str]]:
     """The arguments, and the flags for main.py, which checks them. Raises UserError."""
-    whole = arguments.number(int, "a whole number of at least 1", lambda v: v >= 1)
-    positive = arguments.number(float, "a finite number above 0", lambda v: v > 0)
+    whole = utils.number(int, "a whole number of at least 1", lambda v: v >= 1)
+    positive = utils.number(float, "a finite number above 0", lambda v: v > 0)
     form = argparse.RawDescriptionHelpFormatter
-    parser = arguments.Parser(allow_abbrev=False, description=__doc__, formatter_class=form)
+    parser = utils.Parser(allow_abbrev=False, description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--models", nargs="+", **arguments.one_of(*models.NETWORKS), default=["MLP", "ResNet20"])
+    add("--models", nargs="+", **utils.one_of(*models.NETWORKS), default=["MLP", "ResNet20"])
     add("--batchsizes", nargs="+", type=whole, metavar="B", help="default: 8 32 128 1024 of MLP, else 8 128")
-    add("--modes", nargs="+", **arguments.one_of(*MODES), default=list(MODES))
+    add("--modes", nargs="+", **utils.one_of(*MODES), default=list(MODES))
     add("--seconds", type=positive, default=0.5, help="of a block, at least (default: 0.5)")
     add("--rounds", type=whole, default=7, help="blocks of each side (default: 7)")
-    add("--out", type=arguments.path, default=Path("bench.json"), metavar="FILE", help="where the JSON goes")
+    add("--out", type=utils.path, default=Path("bench.json"), metavar="FILE", help="where the JSON goes")
     return parser.parse_known_args(argv)
 
 

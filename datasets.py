@@ -1,16 +1,18 @@
 """The data sets there are, as NumPy arrays. No torch: arguments are checked before it is loaded."""
 
+import errno
 import fcntl
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, replacing
+from utils import UserError, replacing, warn
 
 TRAINING_SEED, TEST_SEED = 42, 43  # of MNIST-1D's signals; 42 is the package's own
 
@@ -75,10 +77,11 @@ def read_digits(name: str, spec: Spec, data_dir: Path) -> dict[str, np.ndarray]:
 
 
 def read_cached(make: Callable, name: str, spec: Spec, data_dir: Path) -> dict[str, np.ndarray]:
-    """`<data_dir>/<name>.npz`, filled first with what `make(name, spec, data_dir)` gives if it is missing."""
+    """`<data_dir>/<name>.npz`; where it is missing, or not ours to read, what `make(name, spec, data_dir)` gives."""
     cache = data_dir / f"{name}.npz"
-    if not cache.exists():
-        _fill(cache, lambda: make(name, spec, data_dir))
+    made = None if os.access(cache, os.R_OK) else _fill(cache, lambda: make(name, spec, data_dir))
+    if made:
+        return made
     try:
         with np.load(cache, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
@@ -90,17 +93,27 @@ def read_cached(make: Callable, name: str, spec: Spec, data_dir: Path) -> dict[s
     return arrays
 
 
-def _fill(cache: Path, make: Callable[[], dict]) -> None:
-    """Write what `make` gives, whole or not at all; of several runs started at once, one makes it."""
+def _fill(cache: Path, make: Callable[[], dict]) -> dict | None:
+    """What `make` gives, written to `cache` if it can be; of several runs started at once, one makes it."""
     created = [p for p in cache.parents if not p.exists()]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         directory = os.open(cache.parent, os.O_RDONLY)
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            if not cache.exists():
-                with replacing(cache) as file:
-                    np.savez(file, **make())
+            with suppress(OSError):  # NFS locks nothing that is only read
+                fcntl.flock(directory, fcntl.LOCK_EX)
+            if os.access(cache, os.R_OK):
+                return None
+            made = make()
+            try:
+                if not cache.exists():
+                    with replacing(cache) as file:
+                        np.savez(file, **made)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                warn(f"{cache} cannot be written ({error.strerror}): every run makes these data anew")
+            return made
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:

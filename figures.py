@@ -7,11 +7,17 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "Agg"  # matplotlib, imported by report/, refuses to load with one that it does not know
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+try:
+    import matplotlib  # noqa: F401
+except ValueError:  # MPLBACKEND names a backend that it does not know; figures need none
+    del os.environ["MPLBACKEND"]
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        del sys.modules[name]  # half loaded
 
-from arguments import WHOLE, Parser, one_of, path
+from arguments import WHOLE
 from report import page, records
-from utils import UserError, replacing, say, usable_streams
+from utils import Parser, UserError, one_of, path, replacing, say, usable_streams
 
 
 def build_parser() -> Parser:
@@ -21,7 +27,7 @@ def build_parser() -> Parser:
     add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
     add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
     rule = "passes before the check for ε starts (default: as critical runs had it, or 11)"
-    add("--min_epochs", "--min-epochs", metavar="N", type=WHOLE, help=rule)
+    add("--min_epochs", metavar="N", type=WHOLE, help=rule)
     add("--format", **one_of("png", "pdf"), default="png", help="of the figures (default: png)")
     return parser
 

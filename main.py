@@ -8,16 +8,19 @@ sampling  after some steps, measure the search direction noise ω_t = d_t − �
 Torch takes seconds to load, so whatever needs it is imported in `main`, once the arguments are known to be good.
 """
 
+import os
 import signal
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from arguments import EXIT_STATUS, parse, planned_steps
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
+from arguments import EXIT_STATUS, lagging, parse, planned_steps
 from measure.quantities import QUANTITIES, quantity
 from training.record import EVALUATED
 from training.stopping import StoppingRule, first_check
-from utils import Signals, Stopped, UserError, out_of_memory, pick_device, say, set_up, usable_streams
+from utils import Signals, Stopped, UserError, handling, out_of_memory, pick_device, say, set_up, usable_streams
 
 if TYPE_CHECKING:
     from training.loop import Training
@@ -92,7 +95,7 @@ def main(args: Namespace) -> int:
     summary = record.check()
     if summary:
         print(f"{summary['status']} already, after {summary['steps']} steps: {record.directory}")
-        print_results(summary["results"])
+        print_results(summary["results"], lagging(args.model, summary["steps"]))
         return EXIT_STATUS[summary["status"]]
     device = pick_device(args.device)
     if args.cuda_graph and device.type != "cuda":
@@ -101,17 +104,18 @@ def main(args: Namespace) -> int:
     data = load(args.dataset, args.data_dir, device, args.seed)
     record.claim(data.checksum)
     checkpoint = record.load_checkpoint() if args.resume else None
-    run = Training(args, data, record, Signals())
-    if checkpoint:
-        run.load(checkpoint)
-        print(f"resumed at step {run.step}: {record.directory}")
-    record.begin(device, run.step)
-    status = 1
-    try:
-        status = experiment(run)
-    finally:
-        Signals.forget()
-        record.close(status)
+    signals, status = Signals(), 1
+    with signals.heeded():
+        run = Training(args, data, record, signals)
+        if checkpoint:
+            run.load(checkpoint)
+            print(f"resumed at step {run.step}: {record.directory}")
+        record.begin(device, run.step)
+        try:
+            status = experiment(run)
+        finally:
+            signals.forget()
+            record.close(status)
     return status
 
 
@@ -133,12 +137,12 @@ def experiment(run: "Training") -> int:
     status = run.outcome or ("not_reached" if missed else "finished")
     run.record.finish(status, steps, steps / run.steps_per_epoch, results)
     print(f"{status} after {steps} steps: {run.record.directory}")
-    print_results(results)
+    print_results(results, lagging(run.args.model, steps))
     return EXIT_STATUS[status]
 
 
-def print_results(results: dict) -> None:
-    """Show how a run ended: each number with what it means."""
+def print_results(results: dict, doubt: str) -> None:
+    """Show how a run ended: each number with what it means. doubt: what to say of the test data's."""
     for name, value in results.items():
         if name not in QUANTITIES or value is None or value == []:
             continue
@@ -146,7 +150,8 @@ def print_results(results: dict) -> None:
         error = results.get(f"{name}_se")
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         shown += f" ± {error:.2g} s.e." if error is not None else ""
-        print(f"  {name}: {shown}{f' {about.unit}' if about.unit else ''}  ({about.meaning})")
+        meaning = f"{about.meaning}; {doubt}" if doubt and name.endswith("accuracy") else about.meaning
+        print(f"  {name}: {shown}{f' {about.unit}' if about.unit else ''}  ({meaning})")
     sys.stdout.flush()
 
 
@@ -174,12 +179,8 @@ def cli(argv: list[str]) -> int:
     except (UserError, OSError) as error:
         say("error", error)
         return 2
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-    import torch  # noqa: F401
-
-    signal.signal(signal.SIGINT, handler)
+    with handling(signal.SIG_DFL):  # Ctrl-C while torch loads: no traceback
+        import torch  # noqa: F401
     return run_and_report(args)
 
 

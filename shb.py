@@ -20,12 +20,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+TORCH = {"momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False}
+
 
 class SGD(Optimizer):
     """Stochastic gradient descent, d_t = g_t.
 
     params: tensors or parameter groups. lr: η ≥ 0. Raises ValueError outside that range.
+
+    torch.optim.SGD takes the states of SGD and SHB, and they take its.
     """
+
+    neutral = TORCH  # the settings of torch.optim.SGD that a state may hold, at the values that change nothing
 
     def __init__(self, params, lr: float = 0.1):
         super().__init__(params, {"lr": lr})
@@ -39,12 +45,35 @@ class SGD(Optimizer):
         """Add a group of parameters, with its own lr and momentum if it names them. ValueError if invalid."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._refuse_others(group)
         if not 0 <= group["lr"] < float("inf"):
             raise ValueError(f"lr must be finite and at least 0, got {group['lr']}")
         if not 0 <= group.get("momentum", 0) < 1:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
         if not 0 <= group.get("nu", 0) <= 1:
             raise ValueError(f"nu must be in [0, 1], got {group['nu']}")
+
+    def state_dict(self) -> dict:
+        """As torch's, with what torch.optim.SGD needs of it."""
+        state = super().state_dict()
+        return state | {"param_groups": [self.neutral | group for group in state["param_groups"]]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a state. ValueError if it is one of another method, of which something would be ignored."""
+        groups = state_dict["param_groups"]
+        for group in groups:
+            self._refuse_others(group)
+            missing = (self.defaults.keys() | self.neutral.keys()) - group.keys()
+            if missing:
+                raise ValueError(f"this state is of another method than {type(self).__name__}, it has no {missing}")
+        foreign = self.neutral.keys() - self.defaults.keys()
+        groups = [{key: value for key, value in group.items() if key not in foreign} for group in groups]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
+    def _refuse_others(self, group: dict) -> None:
+        for key in sorted((TORCH.keys() | {"nu"}) & group.keys() - self.defaults.keys()):
+            if group[key] != self.neutral.get(key):
+                raise ValueError(f"{type(self).__name__} knows no {key}, and would ignore {key}={group[key]}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -97,6 +126,8 @@ class SHB(SGD):
     params: tensors or parameter groups. lr: η ≥ 0. momentum: β in [0, 1). ValueError outside these ranges.
     """
 
+    neutral = {key: value for key, value in TORCH.items() if key != "momentum"}  # noqa: RUF012
+
     def __init__(self, params, lr: float = 0.1, momentum: float = 0.9):
         Optimizer.__init__(self, params, {"lr": lr, "momentum": momentum})
 
@@ -123,6 +154,8 @@ class NSHB(SHB):
 
     At the same lr its steps are 1 − β times as long as SHB's.
     """
+
+    neutral = {}  # noqa: RUF012 (torch's would be another momentum)
 
     @staticmethod
     def _search_direction(m: list[Tensor], g: list[Tensor], group: dict) -> list[Tensor]:

@@ -1,18 +1,24 @@
-"""What everything needs: errors said in one line, files written whole, device, seeds, signals. Loads no torch."""
+"""What all need: errors in one line, a parser of arguments, files written whole, device, seeds, signals. No torch."""
 
+import argparse
 import ctypes
+import difflib
 import functools
+import io
 import json
 import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from argparse import Namespace
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +41,21 @@ def warn(message: str) -> None:
     say("warning", message)
 
 
+class Patient(io.FileIO):
+    """A stream that discards what cannot be written: the terminal was closed, `tee` has ended, the disk is full."""
+
+    def write(self, content):
+        """Claims to have written all of it."""
+        with suppress(OSError):
+            return super().write(content)
+        return len(content)
+
+
 def usable_streams() -> None:
     """Make stdin, stdout and stderr such that printing never fails: a closed one discards, no letter is refused.
 
-    Otherwise the next file opened would get the closed one's number, and what libraries print with it.
+    Otherwise the next file opened would get the closed one's number, and what libraries print with it. A notebook's
+    streams, and any others that were put in their place, stay as they are.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -46,8 +63,105 @@ def usable_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open until the process ends)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream in (sys.__stdout__, sys.__stderr__):
+            stream.flush()
+            raw = Patient(number, "w", closefd=False)
+            file = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED
+            options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", **options))
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
+SYNONYMS |= {"compile": "cuda_graph", "full_grad_every": "measure_every", "shape": "measure", "smoothing": "measure"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a wrong command line, instead of printing the usage and exiting.
+
+    In the names of flags, - and _ mean the same. A switch may be written --resume=True, as wandb's agents do.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Called by argparse's parse_args, too."""
+        self.given = [word for word in map(self._usual, args) if word is not None]
+        return super().parse_known_args(self.given, namespace)
+
+    def _usual(self, word: str) -> str | None:
+        name, equals, value = word.partition("=")
+        name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
+        switch = name in self._option_string_actions and self._option_string_actions[name].nargs == 0
+        if switch and value.lower() in ("true", "false"):
+            return name if value.lower() == "true" else None
+        return name + equals + value
+
+    def error(self, message: str):
+        """Called by argparse."""
+        flags = [word for word in self.given if word.startswith("--")]
+        foreign = [flag for flag in flags if flag.partition("=")[0] not in self._option_string_actions]
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
+        if message.startswith("the following arguments are required") and foreign:
+            unknown, message = foreign[0], f"unrecognized arguments: {foreign[0]}"
+        elif message.startswith(unknown):
+            raise UserError(message)
+        hint = self._meant(re.split("=", unknown)[0].lstrip("-")) if unknown[0] == "-" else self._stray(unknown)
+        raise UserError(f"{message}{hint}; --help lists what is allowed")
+
+    def _meant(self, flag: str) -> str:
+        known = [action.dest for action in self._actions]
+        meant = SYNONYMS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
+        return f"; did you mean --{meant}?" if meant else ""
+
+    def _stray(self, word: str) -> str:
+        """What to do about a value that belongs to no flag: too many for the one before it."""
+        at = next(i for i, each in enumerate(self.given) if each.startswith(word))
+        flags = [each for each in self.given[:at] if each.startswith("--")]
+        flag, equals, value = (flags or [""])[-1].partition("=")
+        nargs = self._option_string_actions[flag].nargs if flag in self._option_string_actions else 0
+        if nargs == "+" and equals:
+            return f"; several values stand without =: {flag} {value} {word}"
+        return "" if nargs == 0 else f"; {flag} takes one value, and scripts/sweep.sh makes a run for each of several"
+
+
+def one_of(*allowed: str) -> dict:
+    """Options of add_argument for one of some names; a wrong one is answered by the one that was meant."""
+
+    def convert(text: str):
+        if text not in allowed:
+            folded = {name.lower(): name for name in allowed}
+            meant = difflib.get_close_matches(text.lower(), folded, 1)
+            hint = f"; did you mean {folded[meant[0]]}?" if meant else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}{hint}")
+        return text
+
+    return {"type": convert, "choices": allowed}
+
+
+def number(kind: type, allowed: str, check: Callable):
+    """A converter for argparse that names what was given and what is allowed."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and check(value)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            hint = "; where several are allowed, spaces separate them" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}{hint}")
+        return value
+
+    return convert
+
+
+def path(text: str) -> Path:
+    """A converter for the path of a directory or file."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a path, of a directory or file")
+    return Path(text).expanduser()  # a shell leaves the ~ of --runs_dir=~/runs to us
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -101,11 +215,10 @@ def read_json(path: Path) -> dict:
 
 
 def pick_device(name: str):
-    """The torch.device called `name`; `auto` is the best there is. UserError if this machine does not have it."""
+    """The torch.device called `name`; `auto` is CUDA or the CPU. UserError if this machine does not have it."""
     import torch
 
     available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available += ["mps"] if torch.backends.mps.is_available() else []
     available += ["cpu"]
     device = torch.device(available[0] if name == "auto" else "cuda:0" if name == "cuda" else name)
     if str(device) not in available:
@@ -142,12 +255,18 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
+def git_commit() -> str | None:
+    """The commit of this repository; None outside git, also where another repository holds an unpacked copy of it."""
+    git = ["git", "-C", str(Path(__file__).parent), "--git-dir=.git", "--work-tree=."]  # whatever GIT_DIR a hook has
+    git += ["describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    return done.stdout.strip() if done and done.returncode == 0 else None
+
+
 def environment(device) -> dict:
     """What ran this: versions of the libraries, the device by name, the git commit (None outside git)."""
     import torch
 
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -156,7 +275,7 @@ def environment(device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),  # which vector instructions, and so which order of sums
-        "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+        "git_commit": git_commit(),
     }
 
 
@@ -171,8 +290,33 @@ def out_of_memory(error: BaseException) -> bool:
 # --- signals ------------------------------------------------------------------------------------------------
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle(handler: Callable | signal.Handlers) -> dict:
+    """Have `handler` get the signals to stop. Returns {signal: the handler before}; empty outside the main thread.
+
+    One that is ignored stays so: SIGHUP under nohup, SIGINT in the background of a script.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heeded = [signum for signum in STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in heeded}
+
+
+@contextmanager
+def handling(handler: Callable):
+    """`handle`, and the handlers before again at the end: the process may go on, as a notebook does."""
+    before = handle(handler)
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
 class Stopped(Exception):
-    """SIGTERM or SIGINT came; `signum` says which."""
+    """A signal to stop came; `signum` says which."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -180,12 +324,14 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Remembers the first SIGTERM or SIGINT until `check` is called; a second one ends the process at once."""
+    """Remembers the first signal to stop until `check` is called; a second one ends the process at once."""
 
     def __init__(self):
         self.signum = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
+
+    def heeded(self):
+        """The context in which they are remembered."""
+        return handling(self._remember)
 
     def _remember(self, signum, frame):
         self.signum = signum
@@ -194,8 +340,7 @@ class Signals:
     @staticmethod
     def forget() -> None:
         """From here on a signal ends the process at once."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_DFL)
+        handle(signal.SIG_DFL)
 
     def check(self) -> None:
         """Raise Stopped if a signal has come: called where the run's state is whole."""

@@ -14,6 +14,7 @@ NETWORKS = {
     "Softmax": ("mlp", "Softmax", SIGNAL),
     "ConvNet1d": ("convnet1d", "ConvNet1d", SIGNAL),
 }
+WITHOUT_BATCHNORM = ("MLP", "Softmax")
 
 
 def takes(name: str, shape: tuple[int, ...]) -> bool:

@@ -179,7 +179,8 @@ def accuracy(runs):
     rows = pd.concat([rows, lost]) if len(lost) else rows
     key = [*records.CURVE, "b"]
     table = over_seeds(rows, key, ["accuracy", "test_loss", "epoch", "steps"])
-    counts = rows.fillna({"unfit": False}).groupby(key, dropna=False)[["diverged", "unfit"]].sum()
+    rows = rows.assign(unfit=rows["unfit"].eq(True))  # of a diverged one nothing is known
+    counts = rows.groupby(key, dropna=False)[["diverged", "unfit"]].sum()
     return table.merge(counts.reset_index(), on=key).assign(event=event)
 
 
@@ -247,6 +248,7 @@ def write(runs, out, kind="png", min_epochs=None):
     return "\n".join(lines)
 
 
+@plots.styled  # saving draws
 def _parts(made, drawn, out, slug, kind):
     """Write the tables `made` and the figures `drawn`. Returns the lines of the page about them."""
     lines = []

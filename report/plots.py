@@ -1,9 +1,12 @@
 """The figures. Each function takes tables that `report.page` makes, and returns a Figure; its title is a question."""
 
+from contextlib import contextmanager
+
 import numpy as np
-from matplotlib import rc_context, ticker
+from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.figure import Figure
 
+from arguments import lagging
 from measure.quantities import quantity
 
 COLORS = {"SGD": "#0072B2", "SHB": "#D55E00", "NSHB": "#009E73", "QHM": "#CC79A7"}
@@ -25,7 +28,17 @@ STYLE = {
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
     "figure.constrained_layout.use": True,
 }
-styled = rc_context(STYLE)
+
+
+@contextmanager
+def _styled():
+    with rc_context():
+        rcdefaults()  # not the user's matplotlibrc, which may want TeX
+        rcParams.update(STYLE)
+        yield
+
+
+styled = _styled()
 
 
 def label(name):
@@ -33,6 +46,13 @@ def label(name):
     q, words = quantity(name), name.replace("_", " ")
     words = q.symbol if q.symbol and name != "training_loss" else words
     return words + (f" ({q.unit})" if q.unit else "")
+
+
+def _early(table):
+    """Return what to say below a test accuracy, if anything; the second word of `setting` is the network."""
+    known = table.dropna(subset="accuracy_mean")
+    steps = known["steps_min" if "steps_min" in known else "steps"].min()
+    return "\nlow before update 100: BatchNorm lags" if lagging(known["setting"].iloc[0].split(", ")[1], steps) else ""
 
 
 def _panels(title, count, width=3.2, **more):
@@ -72,7 +92,7 @@ def _name_curves(ax):
 def _interval(ax, rows, x, name, **look):
     """Draw means of a quantity over `x` with their 95 % t intervals, where they have one."""
     mean = rows[f"{name}_mean"]
-    error = [(mean - rows[f"{name}_low"]).fillna(0), (rows[f"{name}_high"] - mean).fillna(0)]
+    error = np.nan_to_num([mean - rows[f"{name}_low"], rows[f"{name}_high"] - mean])
     ax.errorbar(rows[x], mean, error, **look)
 
 
@@ -113,7 +133,8 @@ def training(table):
         for name, look, rows in _curves(known):
             few = look if len(rows) < 20 else look | {"marker": ""}
             _band(ax, rows, "epoch", quantity_, **few, label=name)
-        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}", ylabel=label(quantity_))
+        early = _early(table) if quantity_ == "accuracy" and len(known) else ""
+        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}{early}", ylabel=label(quantity_))
     _log(axes[2])
     _name_curves(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return fig
@@ -131,7 +152,7 @@ def accuracy(table, event):
         floor = ax.get_xaxis_transform()
         ax.plot(lost["b"], np.full(len(lost), 0.03), "x", color=look["color"], transform=floor, clip_on=False)
     _size_axis(ax, table["b"])
-    ax.set(ylabel=f"test {label('accuracy')} at {event}")
+    ax.set(xlabel=f"{ax.get_xlabel()}{_early(table)}", ylabel=f"test {label('accuracy')} at {event}")
     _name_curves(ax)
     return fig
 
@@ -241,10 +262,10 @@ def smoothing(table, event):
     for i, (kind, (name, marker, color, predicted)) in enumerate(KINDS.items()):
         at, mean, low, high = x + 0.22 * (i - 1), *(table[f"{kind}_{of}"] for of in ("mean", "low", "high"))
         known, look = low.isna() | (low > 0), {"fmt": marker, "color": color}
-        error = [(mean - low)[known].fillna(0), (high - mean)[known].fillna(0)]
+        error = np.nan_to_num([(mean - low)[known], (high - mean)[known]])
         ax.errorbar(at[known], mean[known], error, **look, label=name)
         limit = ~known & (high > 0)  # a logarithmic axis has no zero for the interval to reach
-        ax.errorbar(at[limit], high[limit], 0.6 * high[limit], uplims=True, mfc="white", **look)
+        ax.errorbar(at[limit], high[limit], 0.6 * high[limit].to_numpy(), uplims=True, mfc="white", **look)
         ax.hlines(table[f"{predicted}_mean"], at - 0.09, at + 0.09, color="k", lw=1.2, zorder=3)
     at = x[0] - 0.32, table["excess_predicted_mean"].iloc[0]
     ax.annotate("predicted", at, ha="right", va="center", fontsize=7)

@@ -22,6 +22,7 @@ NOT_TRAJECTORY = {
 }
 
 NORMS = "gradient_norms.f32"
+EXACT = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # of what pandas 3 does anyway
 # What runs of one curve over b have in common, and what tells a run, in the rows of all three frames.
 CURVE = ["setting", "label", "curve", "optimizer", "lr", "beta1"]
 RUN = [*CURVE, "b", "seed", "run", "mode", "status", "full_grad_batchsize"]
@@ -113,7 +114,7 @@ def _rows(runs, name, declared):
     found = []
     for run in runs.to_dict("records"):
         if (run["folder"] / name).exists():
-            rows = pd.read_csv(run["folder"] / name)
+            rows = pd.read_csv(run["folder"] / name, **EXACT)
             found.append(rows.assign(**{key: run[key] for key in RUN}))
     table = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     return table.reindex(columns=list(dict.fromkeys([*RUN, *declared, *table.columns])))

@@ -40,7 +40,7 @@ part() { # NAME COMMAND…: run it for at most MINUTES; the log, and the mark th
     case $ended in
     0) touch "$out/$name.done" ;;
     124) [[ $status == 1 ]] || status=124 ;;
-    130 | 143) exit $ended ;;
+    129 | 130 | 143) exit $ended ;;
     *) status=1 ;;
     esac
     echo "$name: exit status $ended, see $out/$name.log"

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from utils import STOPPING, handle, handling
+
 ROOT = Path(__file__).resolve().parents[1]
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -39,14 +40,6 @@ class Run:
 
     def __str__(self):
         return f"{self.label}: {self.note}" if self.note else self.label
-
-
-def tell(line: str) -> None:
-    """Print, though nobody may read it: in `sweep.sh | tee` Ctrl-C ends tee, and the runs must still be stopped."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def load() -> None:
@@ -85,10 +78,7 @@ def _become(command: list[str], gpu: str | None, log: int, mask: set) -> None:
         os.setsid()  # the terminal's Ctrl-C must reach a run once, through us
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
             os.dup2(file, number)
-        for signum in STOPPING:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-                usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-                signal.signal(signum, usual)
+        handle(signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if gpu is not None:
             os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
@@ -114,18 +104,6 @@ def last_words(log: Path) -> str:
     return (errors or lines or [""])[-1]
 
 
-@contextlib.contextmanager
-def listening():
-    """The list of signals to stop at that have come; it grows, and nothing is interrupted in the middle."""
-    heard, before = [], {}
-    for signum in STOPPING:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            before[signum] = signal.signal(signum, lambda signum, frame: heard.append(signum))
-    yield heard
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
 def ended(run: Run) -> bool:
     """Whether a run that was started is over; its exit status and time are filled in then."""
     pid, status = os.waitpid(run.pid, os.WNOHANG)
@@ -141,7 +119,8 @@ def work(todo: list[Run], slots: list[str | None], judge: Callable[[Run], None])
 
     slots: the GPU of each; None forks its runs. judge: fills in the state of a run that has ended.
     """
-    with listening() as heard:
+    heard = []  # the signals to stop at that have come; nothing is interrupted in the middle
+    with handling(lambda signum, frame: heard.append(signum)):
         if todo and None in slots:
             load()
         waiting, busy, told = todo.copy(), {}, False
@@ -150,14 +129,14 @@ def work(todo: list[Run], slots: list[str | None], judge: Callable[[Run], None])
                 if slot in busy and ended(busy[slot]):
                     run = busy.pop(slot)
                     judge(run)
-                    tell(f"{run.state} {run}")
+                    print(f"{run.state} {run}", flush=True)
                 if slot not in busy and waiting and not heard:
                     run = waiting.pop(0)
                     start(run, gpu)
                     if run.pid:
                         busy[slot] = run
                     where = f" on GPU {gpu}" if gpu else ""
-                    tell(f"[{len(todo) - len(waiting)}/{len(todo)}] {run.state} {run}{where}")
+                    print(f"[{len(todo) - len(waiting)}/{len(todo)}] {run.state} {run}{where}", flush=True)
             if len(heard) > 1:
                 for run in busy.values():
                     with contextlib.suppress(ProcessLookupError):
@@ -168,6 +147,6 @@ def work(todo: list[Run], slots: list[str | None], judge: Callable[[Run], None])
                 for run in busy.values():
                     os.kill(run.pid, signal.SIGTERM)
                 told = True
-                tell("stopping: each run writes its checkpoint; a second signal ends them at once")
+                print("stopping: each run writes its checkpoint; a second signal ends them at once", flush=True)
             time.sleep(0.02)
         return "stopped" if heard else "done"

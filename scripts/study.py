@@ -11,15 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import sweep  # it puts the repository in Python's path
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import sweep
 
-from arguments import Parser, one_of
 from datasets import DATASETS
 from models import NETWORKS
-from utils import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-
+from utils import Parser, UserError, one_of
 
 # --- the parts: command lines of scripts/sweep.py, without --dataset, --model, --seeds and --runs_dir -----------
 

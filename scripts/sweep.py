@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from pool import Run, last_words, tell, work  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+from pool import Run, last_words, work
 
-from arguments import EXIT_STATUS, Parser, number, parse, takes  # noqa: E402
-from training.record import read_summary, run_state  # noqa: E402
-from utils import UserError, say, usable_streams  # noqa: E402
+from arguments import EXIT_STATUS, parse, takes
+from training.record import read_summary, run_state
+from utils import Parser, UserError, handle, number, say, usable_streams
 
 # The grid: flags of main.py with their usual values, the last flag's varying fastest. Here each may have an s at its
 # end. Without values it is not swept: main.py's default then holds for every run.
@@ -61,8 +61,6 @@ def command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--dry_run", action="store_true", help="name every run and its state, and do nothing")
     add("--count", action="store_true", help="print how many runs there are, and do nothing")
     add("--task", type=whole, metavar="K", help="become run K, counted from 0: for the arrays of a cluster")
-    # In the names of flags, - and _ mean the same, as they do to main.py.
-    argv = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     own, flags = parser.parse_known_args(argv)
     if own.mode != argv[0]:
         raise UserError(f"argument mode: got {argv[0]!r} in its place, allowed are normal, critical, sampling")
@@ -137,7 +135,7 @@ def judge(run: Run) -> None:
     """Fill in the state of a run that has ended, from its exit status."""
     if run.status in EXIT_STATUS.values():
         look(run)
-    elif run.status in (130, 143):
+    elif run.status in (129, 130, 143):
         run.state = "stopped"
     elif run.status == 2:
         run.state, run.note = "refused", last_words(run.log)
@@ -183,23 +181,23 @@ def main(argv: list[str]) -> int:
     slots = pick_slots(own, runs)
     todo = [run for run in runs if run.state in ("new", "unfinished")]
     for run in runs:
-        tell(f"{run.state:12} {run}")
+        print(f"{run.state:12} {run}", flush=True)
     same = len(points(own)) - len(runs)
     if same:
-        tell(f"dropped: {same} points that are the same run as another, as SGD with two β")
-    tell(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time")
+        print(f"dropped: {same} points that are the same run as another, as SGD with two β", flush=True)
+    print(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time", flush=True)
     if own.dry_run:
         return 0
     for run in todo:
         run.log.parent.mkdir(parents=True, exist_ok=True)
     outcome = work(todo, slots, judge)
     if outcome != "killed":
-        tell(f"\n{'outcome':12} {'status':>6} {'time':>9}  run")
+        print(f"\n{'outcome':12} {'status':>6} {'time':>9}  run", flush=True)
         for run in runs:
-            tell(f"{run.state:12} {run.status:>6} {run.time!s:>9}  {run}")
+            print(f"{run.state:12} {run.status:>6} {run.time!s:>9}  {run}", flush=True)
     if outcome != "done":
         again = shlex.join([str(ROOT / "scripts" / "sweep.sh"), *argv])
-        tell(f"{outcome}; to go on, run the same command again: {again}")
+        print(f"{outcome}; to go on, run the same command again: {again}", flush=True)
         return 130
     return 0 if all(EXIT_STATUS.get(run.state) == 0 for run in runs) else 1
 
@@ -207,8 +205,7 @@ def main(argv: list[str]) -> int:
 def as_command(main: Callable[[list[str]], int]) -> None:
     """End the process with what `main` makes of its arguments; a user's mistake is one line and exit status 2."""
     usable_streams()
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the first run: no traceback
+    handle(signal.SIG_DFL)  # Ctrl-C before the first run: no traceback
     try:
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError) as error:

@@ -1,5 +1,6 @@
 """Every flag and file given badly, as a real command: exit status 2, one `error:` line, nothing written."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,10 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--seed", "0.5"], "--seed", "'0.5'", "whole number"),
     (["--device", "gpu"], "--device", "'gpu'", "cuda"),
     (["--device", "cuda:x"], "--device", "'cuda:x'", "cuda:0"),
+    (["--device", "mps"], "--device", "'mps'", "has no float64"),
+    (["--mode=critical", "--eps=1.0", "0.7", "0.5"], "arguments: 0.7 0.5", "stand without =: --eps 1.0 0.7", ""),
+    (["--lr", "0.1", "--seed", "0", "1", "2"], "arguments: 1 2", "--seed takes one value", "scripts/sweep.sh"),
+    (["two words", "--lr", "0.1"], "arguments: two words", "--help", ""),
     (["--precision", "fp16"], "--precision", "'fp16'", "bf16"),
     (["--cuda_graph", "yes"], "unrecognized arguments", "yes", "--help"),
     (["--compile"], "--compile", "did you mean --cuda_graph?", ""),
@@ -252,6 +257,7 @@ def test_a_wandb_mode_that_does_not_exist(tmp_path):
 
 def test_names_of_flags_take_either_dash():
     for flag in ("--runs-dir", "--runs_dir"):
+        assert parse([f"{flag}=~/a-b"]).runs_dir == Path.home() / "a-b"
         args = parse([flag, "a-b_c", "--wandb_project=x"])
         assert (args.runs_dir, args.name) == (Path("a-b_c"), "normal-CIFAR100-ResNet18-shb-b8-lr0.1-beta0.9-seed0")
     assert parse(["--optimizer=sgd", "--mode=critical"]).name == "critical-CIFAR100-ResNet18-sgd-b8-lr0.1-seed0"
@@ -298,6 +304,25 @@ def test_lists_are_in_the_name():
     assert args.name == "sampling-CIFAR100-ResNet18-sgd-b8-lr0.1-steps0+5+100-measurenoise+shape-draws9-seed0"
     assert (parse(["--mode", "sampling", "--measure", "shape"]).draws, args.steps) == (64, [0, 5, 100])
     assert parse(["--mode", "sampling", "--draws", "9"]).measure == ["noise"]
+
+
+def test_switches_take_what_wandb_s_agents_write(monkeypatch):
+    args = parse(["--resume=True", "--cuda-graph=false", "--deterministic=TRUE"])
+    assert (args.resume, args.cuda_graph, args.deterministic) == (True, False, True)
+    monkeypatch.delenv("WANDB_MODE")
+    for value, mode in (("true", "disabled"), ("1", "disabled"), ("false", "offline"), ("", "offline")):
+        monkeypatch.setenv("WANDB_DISABLED", value)
+        assert parse([]).wandb_mode == mode
+    assert parse(["--wandb_mode=online"]).wandb_mode == "online"
+
+
+@pytest.mark.parametrize("words", ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x", "scripts/study.py x",
+                                   "-m scripts.sweep x", "-m scripts.study x", "-m main --lr=0"])  # fmt: skip
+def test_programs_start_however_python_is_called(words):
+    """PYTHONSAFEPATH leaves a script's directory out of Python's path, and -m puts another in."""
+    env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1"}
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
 
 
 def test_help_names_every_flag(tmp_path):

@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from torchvision.transforms import functional as TF
 
 import datasets
 import models
+import utils
 from datasets import DATASETS, Spec
 from measure.gradients import Objective
 from training import data
@@ -317,6 +320,24 @@ def test_the_download_is_made_into_one_cache_once(small_cifar, downloads, tmp_pa
     assert [p.name for p in directory.iterdir()] == ["CIFAR10.npz"]
     d = data.load("CIFAR10", directory, CPU, 0)
     assert np.array_equal(d.x_train, small_cifar["x_train"]) and np.array_equal(d.y_test, small_cifar["y_test"])
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_a_read_only_directory_is_read_without_a_cache(error, downloads, tmp_path, monkeypatch, capsys):
+    """And where a cache is another user's; NFS does not even lock a directory."""
+
+    def refuse(path):
+        raise OSError(error, "not here", str(path))
+
+    monkeypatch.setattr(datasets, "replacing", refuse)
+    monkeypatch.setattr("fcntl.flock", lambda *_: refuse("lock"))
+    utils.warn.cache_clear()
+    assert len(data.load("CIFAR10", tmp_path, CPU, 0).x_train) == 12 and list(tmp_path.iterdir()) == []
+    assert re.fullmatch(r"warning: .*CIFAR10.npz cannot be written \(not here\).*\n", capsys.readouterr().err)
+    (tmp_path / "CIFAR10.npz").write_text("another user's")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert len(data.load("CIFAR10", tmp_path, CPU, 0).x_train) == 12 and downloads == [True, False] * 2
+    assert (tmp_path / "CIFAR10.npz").read_text() == "another user's"
 
 
 def test_a_cache_that_cannot_be_written_leaves_nothing(downloads, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The pages of docs/: glossary, examples, flags and links. As a script it writes the glossary anew."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,22 @@ from measure.quantities import QUANTITIES
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md"))
 GLOSSARY = re.compile(r"(<!-- glossary: ([\w ]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+
+
+# What a notebook is to us: streams that are no files, a backend of its own, %run, and a process that goes on.
+NOTEBOOK = """
+import runpy, sys, types
+sys.stdout = sys.stderr = types.SimpleNamespace(write=sys.stdout.write, flush=sys.stdout.flush)
+{program}
+for command in ("figures.py runs --out out", "main.py --lr=0"):
+    program, *sys.argv[1:] = command.split()
+    try:
+        runpy.run_path(f"{root}/{{program}}", run_name="__main__")
+    except SystemExit as end:
+        print(end.code, end=", ")
+import matplotlib
+print(matplotlib.get_backend())
+"""
 
 
 def glossary(groups):
@@ -55,8 +73,14 @@ def test_the_example_of_reading_records_runs_outside_of_the_repository(tmp_path)
     for said, meant in (("/path/to/this/repository", ROOT), ("/path/to/runs", ROOT / "results" / "runs")):
         assert said in program
         program = program.replace(said, str(meant))
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "left out" not in done.stdout, done
+    env = os.environ | {"MPLBACKEND": "module://nowhere"}
+    shutil.copytree(next((ROOT / "results" / "runs").iterdir()), tmp_path / "runs" / "r")
+    (tmp_path / "nowhere.py").write_text("from matplotlib.backends.backend_agg import *\n")
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK.format(program=program, root=ROOT)], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and "left out" not in done.stdout, done
+    assert "written: out/page.md" in done.stdout and done.stdout.endswith("module://nowhere\n")
+    assert "0, error: argument --lr: got '0'" in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -285,6 +285,12 @@ def test_a_run_prints_what_its_numbers_mean(train, capsys):
     assert all("(" in line for line in out.splitlines() if line.startswith("  "))
 
 
+@pytest.mark.parametrize(("model", "steps", "said"), [("ConvNet1d", 3, 3), ("ConvNet1d", 100, 2), ("MLP", 3, 0)])
+def test_an_accuracy_that_batchnorm_spoils_says_so(model, steps, said, train, capsys):
+    train("--model", model, "--max_steps", steps, "--batchsize", 100, "--epochs", 9)
+    assert capsys.readouterr().out.count("may be low: BatchNorm's averages lag") == said
+
+
 def test_a_plain_command_is_the_papers():
     args = arguments.parse([])
     values = (args.mode, args.dataset, args.model, args.optimizer, args.epochs, args.lr, args.batchsize, args.beta1)

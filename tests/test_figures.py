@@ -111,6 +111,16 @@ def test_accuracy_over_b_names_its_event(drawn):
     assert len({each.get_marker() for each in ax.lines if not each.get_label().startswith("_")}) == 3
 
 
+@pytest.mark.parametrize(("model", "epoch", "said"), [("ConvNet1d", 1, 2), ("ConvNet1d", 5, 0), ("MLP", 1, 0)])
+def test_an_accuracy_that_batchnorm_spoils_says_so(model, epoch, said, tmp_path):
+    for b in (100, 200):
+        metrics = [{"steps": 4000 // b * i, "accuracy": 40, "g-norm": 1.0} for i in (epoch, epoch + 1)]
+        record(tmp_path, f"--model={model} --optimizer=sgd --batchsize={b}", 4000 // b * (epoch + 1), metrics=metrics)
+    found = dict(page.figures(tables_of(tmp_path)))
+    labels = [ax.get_xlabel() for name in ("training", "accuracy") for ax in found[name].axes]
+    assert sum("low before update 100: BatchNorm lags" in text for text in labels) == said
+
+
 def test_a_diverged_seed_is_crossed_out(tmp_path):
     for b in (100, 200):
         record(tmp_path, f"--optimizer=sgd --batchsize={b}", 40, metrics=[{"steps": 4000 // b, "accuracy": 40}])
@@ -315,6 +325,7 @@ def test_errors_are_one_line_with_status_2_and_nothing_is_written(tmp_path):
         ((tmp_path / "empty",), "empty"),
         ((tmp_path / "good", "--out", tmp_path / "file"), "--out"),
         ((tmp_path / "good", "--eps", "1"), "--eps"),
+        (("--output=x",), "arguments: --output=x; did you mean --out?"),
         ((tmp_path / "good", "--format", "svg"), "allowed are png, pdf"),
         ((tmp_path / "good", "--min_epochs", "-1"), "whole number of at least 0"),
     ):
@@ -327,6 +338,7 @@ def test_the_process_needs_no_display_no_known_backend_and_no_unicode(tmp_path):
     record(tmp_path / "runs", "--optimizer=sgd", 500, metrics=[{"steps": 250 * i, "g-norm": 1.0} for i in (1, 2)])
     env = os.environ | {"MPLBACKEND": "nonsense", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     env.pop("DISPLAY", None)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: a font that is missing\n")
     command = [sys.executable, "-W", "error::FutureWarning", ROOT / "figures.py"]
     options = {"capture_output": True, "text": True, "env": env, "timeout": PATIENCE, "cwd": tmp_path}
     done = subprocess.run([*command, "runs", "--out", "out"], **options)
@@ -358,4 +370,4 @@ def test_results_are_what_their_records_give(tmp_path):
                 assert same, (path.name, key, value, other[key])
     for path in tmp_path.glob("*.png"):
         images = [matplotlib.image.imread(folder / path.name)[..., :3] for folder in (tmp_path, ROOT / "results")]
-        assert np.abs(np.subtract(*images)).mean() < 0.02, path.name
+        assert np.abs(np.subtract(*images)).mean() < 0.04, path.name  # other versions have other fonts

@@ -8,6 +8,12 @@ import models
 from datasets import DATASETS
 
 
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_which_networks_have_batchnorm_is_known(name):
+    has = any(hasattr(module, "running_mean") for module in models.build(name, 10).modules())
+    assert has == (name not in models.WITHOUT_BATCHNORM)
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "count"),
     [

@@ -169,9 +169,22 @@ def test_every_file_has_the_declared_columns():
     assert all(tuple(reference(mode)["metrics.csv"][0]) == METRICS[:-1] for mode in MODES)
 
 
-@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-"])
+def test_the_commit_of_a_repository_around_a_copy_is_not_ours(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "kit").mkdir()
+    shutil.copy(ROOT / "utils.py", tmp_path / "kit")
+    for where, known in ((".", False), ("kit", True)):
+        subprocess.run([*git, "init", "-q", where], check=True)
+        subprocess.run([*git, "-C", where, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+        env = os.environ | {"GIT_DIR": str(tmp_path / ".git")}  # as in a hook of the one around
+        command = [sys.executable, "-c", "import utils; print(utils.git_commit())"]
+        done = subprocess.run(command, cwd=tmp_path / "kit", env=env, capture_output=True, text=True, check=True)
+        assert (done.stdout != "None\n") == known, done
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-", ">/dev/full"])
 def test_printing_never_fails(closed, tmp_path):
-    """Not where stdout knows no ε, nor where a stream is closed: the next file opened must not get its number."""
+    """Not where stdout knows no ε or is full, nor where it is closed: the next file opened must not get its number."""
     code = "import utils; utils.usable_streams(); f = open('opened', 'w'); print('ε'); f.write(str(f.fileno() > 2))"
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", f'{sys.executable} -c "{code}" {closed}']

@@ -172,6 +172,41 @@ def test_state_dict_in_mid_run_goes_on_bit_for_bit(name, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
+@pytest.mark.parametrize(("ours", "beta"), [(SGD, 0.0), (SHB, 0.9)])
+def test_states_go_over_to_torch_sgd_and_back(ours, beta):
+    x, y = params(5), params(5)
+    a, b = make(ours.__name__.lower(), x, beta=beta), torch.optim.SGD(y, lr=0.03, momentum=beta)
+    for t in range(9):
+        for p, q, g in zip(x, y, gradients(x, t), strict=True):
+            p.grad, q.grad = g, g.clone()
+        a.step(), b.step()
+        assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+        states = copy.deepcopy((a.state_dict(), b.state_dict()))
+        a, b = ours(x, lr=9.0), torch.optim.SGD(y, lr=9.0)
+        a.load_state_dict(states[1]), b.load_state_dict(states[0])
+        assert not {"nesterov", "weight_decay", *({"momentum"} if ours is SGD else [])} & a.param_groups[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("of", "to", "named"),
+    [
+        *((lambda x, o=o: torch.optim.SGD(x, **{"lr": 1, "momentum": 0.9} | o), SHB, next(iter(o))) for o in (
+            {"weight_decay": 1e-4}, {"nesterov": True}, {"maximize": True}, {"dampening": 0.9})),
+        *((lambda x: torch.optim.SGD(x, lr=1, momentum=0.9), to, named) for to, named in (
+            (SGD, "momentum"), (NSHB, "dampening"), (QHM, "dampening"))),
+        (SHB, SGD, "momentum"), (SHB, NSHB, "dampening"), (NSHB, SHB, "dampening"),
+        (QHM, NSHB, "nu"), (NSHB, QHM, "nu"), (torch.optim.Adam, SHB, "momentum|weight_decay"),
+    ],
+)  # fmt: skip
+def test_a_state_of_another_method_is_refused_and_nothing_changes(of, to, named):
+    optimizer = to(params(5), lr=0.5)
+    with pytest.raises(ValueError, match=named):
+        optimizer.load_state_dict(of(params(5)).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    with pytest.raises(ValueError, match="knows no weight_decay"):
+        to([{"params": params(5), "weight_decay": 1e-4}])
+
+
 BAD = [("lr", value) for value in (-0.1, float("nan"), float("inf"))]
 BAD += [("momentum", value) for value in (-0.1, 1.0, float("nan"))] + [
     ("nu", value) for value in (-0.1, 1.1, float("nan"))

@@ -4,13 +4,16 @@ import fcntl
 import os
 import random
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import termios
 import time
 
 import pytest
 import torch
-from conftest import PATIENCE, run_main, summary
+from conftest import PATIENCE, ROOT, run_main, summary
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 import child
@@ -101,6 +104,27 @@ def test_a_terminal_shows_a_progress_bar_and_ctrl_c_stops_the_run(tmp_path):
     step = torch.load(tmp_path / "runs" / "r" / "checkpoint.pt", weights_only=True)["step"]
     assert process.exitcode == 130 and f"stopped after step {step}, with a checkpoint" in seen.decode()
     assert "step 23 epoch 1 training_loss" in seen.decode()
+
+
+@pytest.mark.parametrize(("ignored", "status"), [("", 129), ("trap '' INT HUP; ", 0)])
+def test_a_terminal_that_closes_leaves_a_checkpoint_and_what_is_ignored_stays_so(
+    ignored, status, tmp_path, mnist1d_dir
+):
+    """As under nohup in the background of a script; printing to the terminal that is gone is no trouble."""
+    leader, follower = os.openpty()
+    argv = ["--device=cpu", "--dataset=mnist1d", "--model=MLP", f"--data_dir={mnist1d_dir}", "--max_steps=4000"]
+    command = shlex.join([sys.executable, str(ROOT / "main.py"), *argv, "--batchsize=32", "--name=r"])
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+    process = subprocess.Popen(["bash", "-c", f"{ignored}exec {command}"], cwd=tmp_path, **streams)
+    os.close(follower)
+    while b"epoch 2 " not in os.read(leader, 4096):
+        pass
+    os.close(leader)
+    for signum in (signal.SIGHUP, signal.SIGINT)[: 1 + bool(ignored)]:
+        process.send_signal(signum)
+    assert process.wait(PATIENCE) == status
+    assert (tmp_path / "runs" / "r" / "checkpoint.pt").exists()
+    assert (tmp_path / "runs" / "r" / "summary.json").exists() == (status == 0)
 
 
 def test_ctrl_c_while_torch_loads_is_no_traceback(tmp_path):

@@ -102,34 +102,6 @@ def test_a_run_killed_twice_has_every_row_once_in_one_directory(tmp_path):
     assert [row["steps"] for row in rows] == sorted(steps | {0})
 
 
-@linux
-def test_earlier_parts_go_once_all_their_rows_are_in_the_new_file(tmp_path):
-    """While the run goes on, and while the wandb-core of a killed part still holds the old file."""
-    directory, log = tmp_path / "runs" / "r", tmp_path / "log"
-    argv = [*BASE, "--epochs", 100_000, "--resume", "--checkpoint_every", 0.1]
-    process = child.start(argv, tmp_path, **OFFLINE)
-    wait_for(log, "epoch 20 ", process)
-    stopped = child.cores(process.pid)
-    for core in stopped:
-        os.kill(core, signal.SIGSTOP)
-    process.kill()
-    process.join()
-    process = child.start(argv, tmp_path, **OFFLINE)
-    wait_for(log, "resumed at step", process)
-    wait_for(log, f"epoch {log.read_text().count(' epoch ') + 2} ", process)  # beyond the one that is written now
-    deadline = time.monotonic() + PATIENCE
-    while len(list(directory.glob("wandb/offline-run-*"))) != 1:
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    for core in stopped:
-        os.kill(core, signal.SIGCONT)
-    steps = [str(row["steps"]) for row in logged(directory)[0]]
-    known = [line.partition(",")[0] for line in (directory / "metrics.csv").read_text().splitlines()]
-    assert stopped and len(steps) > 5 and steps == known[1 : len(steps) + 1]
-
-
 def fake_dashboard(monkeypatch, directory, steps, *argv):
     """A Dashboard whose wandb run is online, and has rows up to a step; and what it is told."""
     told = SimpleNamespace(dir=str(directory / "x" / "files"), settings=SimpleNamespace(mode="online"), rows=[])
@@ -196,8 +168,10 @@ def test_the_environment_and_the_flag_are_respected(tmp_path):
         argv = [*BASE, *argv, "--name", name, "--max_steps", 1]
         status, log = child.run(argv, tmp_path, **CLEAN | {"WANDB_MODE": mode})
         assert status == 0 and "wandb" not in log and not (tmp_path / "runs" / name / "wandb").exists(), log
-    status, log = child.run([*BASE, "--max_steps", 1], tmp_path, **OFFLINE, WANDB_RUN_ID="of-the-sweep")
-    assert status == 0 and log.endswith("-of-the-sweep`\n"), log
+    for sweep in ("a-sweep", None):  # without one, the id is a shell's, and would be that of all its runs
+        env = OFFLINE | {"WANDB_RUN_ID": "given", "WANDB_SWEEP_ID": sweep}
+        status, log = child.run([*BASE, "--max_steps", 1, "--name", f"of-{sweep}"], tmp_path, **env)
+        assert status == 0 and log.endswith("-given`\n") == bool(sweep), log
 
 
 @pytest.mark.parametrize("module", ["raise ImportError", "Settings = dict\ndef init(**_): raise OSError('a\\nb')"])

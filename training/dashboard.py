@@ -21,7 +21,6 @@ from utils import warn
 
 FINISH_LIMIT = 30.0  # seconds that wandb may take to end, once everything else is done
 CONSTANT = {"draws", "injected", "entries", "probe_images"}  # the same at every step of a run
-REPLAYED = b"resumed_at_step"  # a config key that is written behind the replayed rows: once there, they are
 
 
 class Dashboard:
@@ -29,8 +28,8 @@ class Dashboard:
 
     A thread of its own talks to wandb, so that training never waits. All parts of a resumed run share one `run_id`.
     Online, rows that wandb has already are not logged again. Offline, each part has a directory of its own, and
-    `wandb sync` of several keeps only the last: so the newest logs all rows again, and once they are in its file the
-    earlier directories are removed.
+    `wandb sync` of several keeps only the last: so the newest logs all rows again, and at its end the earlier
+    directories are removed.
     """
 
     def __init__(self, args: Namespace, directory: Path, config: dict, run_id: str):
@@ -56,8 +55,6 @@ class Dashboard:
             steps.setdefault(int(row["steps"]), ({}, []))[1].append(_numbers(row))
         for step in sorted(steps):
             self.log(*steps[step], omega.get(step))
-        if self._earlier:
-            self._send(lambda run: run.config.update({REPLAYED.decode(): max(steps, default=0)}))
 
     def log(self, row: dict, measured: list[dict], omega: np.ndarray | None = None) -> None:
         """Log one step as one row: its rows of metrics.csv and measurements.csv, and the histogram of ω."""
@@ -101,7 +98,8 @@ class Dashboard:
     def close(self, exit_code: int) -> None:
         """End the wandb run, within FINISH_LIMIT seconds, and say how what is not uploaded yet can be."""
         self._send(lambda run: run.finish(exit_code=exit_code))
-        self._send(lambda _: self._remove_earlier())
+        for directory in self._earlier:
+            self._send(lambda _, directory=directory: shutil.rmtree(directory, ignore_errors=True))
         self._calls.put(None)
         self._thread.join(FINISH_LIMIT + 0.002 * self._calls.qsize())  # a replay takes time
         if hanging := self._thread.is_alive():
@@ -116,7 +114,7 @@ class Dashboard:
             self._calls.put(call)
 
     def _work(self) -> None:
-        for call in iter(self._next, None):
+        for call in iter(self._calls.get, None):
             try:
                 if self._run is not None:
                     call(self._run)
@@ -126,18 +124,6 @@ class Dashboard:
                 self._run = None
                 with suppress(Exception):  # it says again at exit what has just been said
                     sys.modules["wandb"].teardown()
-
-    def _next(self) -> Callable | None:
-        while self._run and self._earlier:
-            if self._calls.empty() and any(REPLAYED in path.read_bytes() for path in self._part.glob("*.wandb")):
-                self._remove_earlier()
-            with suppress(queue.Empty):
-                return self._calls.get(timeout=0.5)
-        return self._calls.get()
-
-    def _remove_earlier(self) -> None:
-        while self._earlier:
-            shutil.rmtree(self._earlier.pop(), ignore_errors=True)
 
 
 def _key(column: str) -> str:
@@ -162,7 +148,8 @@ def start_wandb(args: Namespace, directory: Path, config: dict, run_id: str):
     if args.wandb_mode == "disabled":
         return None
     os.environ.setdefault("WANDB_CACHE_DIR", str((directory / "wandb").absolute()))
-    os.environ.pop("WANDB_MODE", None)  # args.wandb_mode has taken it into account
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        os.environ.pop(name, None)  # args.wandb_mode has taken it into account
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # seconds that a kill can cost, not 15
     logging.raiseExceptions = False  # on a full disk wandb's logs would bury our own line under tracebacks
     has_entity = args.wandb_entity != "XXXXXX"
@@ -177,7 +164,7 @@ def start_wandb(args: Namespace, directory: Path, config: dict, run_id: str):
 
             sys.stdin = open(os.devnull)  # noqa: SIM115 (without a key it must fail, not ask and wait)
             settings = wandb.Settings(silent=True, console="off")
-            run = wandb.init(**about, mode=mode, dir=directory, id=run_id, resume="allow", settings=settings)
+            run = wandb.init(**about, mode=mode, dir=str(directory), id=run_id, resume="allow", settings=settings)
             run.define_metric("steps")
             run.define_metric("*", step_metric="steps")
             if mode == "offline":

@@ -20,7 +20,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from arguments import ENDLESS, EXIT_STATUS, defaults, planned_steps, result_arguments
+from arguments import ENDLESS, EXIT_STATUS, defaults, lagging, planned_steps, result_arguments
 from measure.quantities import INDEX, MEASURED, columns
 from training.dashboard import Dashboard
 from utils import UserError, environment, out_of_memory, plain, read_json, replacing, warn, write_json
@@ -133,6 +133,11 @@ class Growing:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Nothing more is written: a process that makes many runs must not run out of files."""
+        if self._file is not None:
+            self._file.close()
+
     def size_on_disk(self) -> int:
         """Bytes that the file holds now; 0 where there is none."""
         return self.path.stat().st_size if self.path.is_file() else 0
@@ -242,7 +247,7 @@ class Record:
         raise UserError(f"argument --name: {self.directory} exists already ({status}){advice}")
 
     def begin(self, device, step: int) -> None:
-        """Start logging at `step` on a torch.device. A wandb agent names the wandb run, by WANDB_RUN_ID."""
+        """Start logging at `step` on a torch.device. An agent, not a shell, names the wandb run by WANDB_RUN_ID."""
         self._check_still()
         before = read_args(self.directory)
         same_run = before.get("args", {}).get("name") == self.args.name  # and no copy under another name
@@ -250,7 +255,8 @@ class Record:
         now = {"first_step": step} | environment(device)
         if parts:
             warn_of_other_bits(parts[-1], now)
-        run_id = os.environ.get("WANDB_RUN_ID") or (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
+        own_id = (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
+        run_id = (os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) or own_id
         about = {"args": vars(self.args), "data_checksum": self.data_checksum}
         write_json(self.directory / "args.json", about | {"wandb_id": run_id, "environments": [*parts, now]})
         config = plain(result_arguments(self.args) | {"environment": now})
@@ -279,8 +285,9 @@ class Record:
         self._omega = None
         if row and say:
             line = " ".join(f"{key} {row[key]:.4g}" for key in METRICS[1:] if row.get(key) is not None)
+            doubt = lagging(self.args.model, row["steps"]) if "accuracy" in line else ""
             with tqdm.external_write_mode():
-                print(f"step {row['steps']} {line}", flush=True)
+                print(f"step {row['steps']} {line}{doubt and f' (accuracy {doubt})'}", flush=True)
 
     def save_omega(self, omega: np.ndarray, step: int) -> None:
         """Keep ω of step `step`, flat float32, in omega.npy; the next `log` shows its histogram in wandb."""
@@ -309,7 +316,8 @@ class Record:
         """End progress and wandb, which may take FINISH_LIMIT seconds if it hangs: nothing else is left to do."""
         self.bar.close()
         self.dashboard.close(exit_code)
-        self._lock_file.close()  # the process may go on, as a notebook does
+        for file in (self._lock_file, *self._growing):
+            file.close()  # the process may go on, as a notebook does
 
     def save_checkpoint(self, content: dict) -> None:
         """Write a checkpoint of tensors and plain values; the one before is kept. OSError if the disk is full."""
