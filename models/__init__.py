@@ -10,6 +10,7 @@ NETWORKS = {
     "WideResNet-28-10": ("wideresnet", "WideResNet", IMAGE),
     "MobileNetv2": ("mobilenet", "MobileNetv2", IMAGE),
     "ResNet20": ("resnet", "ResNet20", IMAGE),
+    "ResNet8": ("resnet", "ResNet8", IMAGE),
     "MLP": ("mlp", "MLP", SIGNAL),
     "Softmax": ("mlp", "Softmax", SIGNAL),
     "ConvNet1d": ("convnet1d", "ConvNet1d", SIGNAL),

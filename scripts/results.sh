@@ -1,3 +1,137 @@
 #!/usr/bin/env bash
-# The study behind results/, from the runs to the front page: `bash scripts/results.sh --help` says how.
-exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/study.py" "$@"
+# The study behind results/, as docs/plan.md has it: its runs, then tables, figures and verdicts.
+#
+#   scripts/results.sh [PART …] [FLAGS]     # default: mnist1d
+#
+# mnist1d   arms, grid, cells, softmax, after_fit, memory and shape below: an MLP and softmax regression, five seeds
+# confirm   the cells that the tests are about, again, on five fresh seeds
+# convnet   ConvNet1d, with BatchNorm, three seeds
+# images    CIFAR20-5k, ResNet8: three optimizers, five batch sizes, three seeds
+# cifar100  CIFAR-100, ResNet20, early training: what the noise is made of, and whether it smooths; ResNet18 once
+#
+# FLAGS go to scripts/sweep.sh for every run, as --dry_run, or for a GPU: cifar100 --model ResNet18 --seeds "0 1 2".
+# What is done is skipped, so the same command goes on. SEEDS and JOBS (runs at a time) may be set; RESULTS is where all
+# of it goes (default: results). Exit status: 0 all done, 1 a run has ended badly, 2 bad argument, 130 stopped.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+results=${RESULTS:-results} python=${PYTHON:-python} status=0
+export OMP_NUM_THREADS=1 WANDB_MODE=${WANDB_MODE-disabled}
+parts=()
+while [[ ${1-} && $1 != -* ]]; do
+    parts+=("$1")
+    shift
+done
+flags=("$@")
+
+sweep() { # MODE FLAGS…: of the present part
+    scripts/sweep.sh "$@" --seeds "${SEEDS:-$seeds}" --device cpu --runs_dir "$results/$folder/runs/$part" \
+        --jobs_per_gpu "${JOBS:-2}" "${flags[@]}"
+    local ended=$?
+    ((ended > 1)) && exit $ended
+    ((ended == 0)) || status=1
+}
+fit() { sweep normal --dataset mnist1d --until_loss 0.01 --epochs 5000 --draws 16 "$@"; }
+whole=(--model MLP --measure noise smoothing sharpness --probe_images 1000)
+
+# --- mnist1d: about twelve measured steps a run -------------------------------------------------------------------
+
+grid() { # three optimizers over b, η = 0.1, β = 0.9, each run to its fit
+    for b in 8 16 32 64 128 256 512 1024; do
+        fit "${whole[@]}" --optimizers "sgd nshb" --batchsizes $b --measure_every $((b > 8 ? 3 * b / 16 : 3)) --max_steps 20000
+        fit "${whole[@]}" --optimizers shb --batchsizes $b --measure_every $((b > 64 ? b / 32 : b / 4)) --max_steps 10000
+    done
+}
+arms() { # b = 256 with the noise of b = 16, and with isotropic noise as long
+    fit "${whole[@]}" --optimizers sgd --batchsizes 256 --inject "covariance isotropic" --inject_batchsize 16 \
+        --measure_every 48 --max_steps 20000
+}
+memory() { # the exact split of what momentum keeps
+    for point in shb:128:4 shb:256:5 nshb:32:6 nshb:256:48; do
+        IFS=: read -r optimizer b every <<<"$point"
+        fit --model MLP --optimizers "$optimizer" --batchsizes "$b" --measure_every "$every" --max_steps 20000 \
+            --exact_memory 44
+    done
+}
+shape() { # is the noise normal, isotropic, heavy-tailed?
+    sweep sampling --dataset mnist1d --model MLP --batchsizes "32 256" --optimizers "sgd nshb" --measure shape \
+        --steps 0 1000 4000 8000
+}
+softmax() { # where ‖g‖ has a floor: b*, its power of 1/ε, and whether it depends on η. The sizes divide 4,000 nearly evenly
+    for lr in 0.04 0.02; do
+        sweep critical --dataset mnist1d --model Softmax --optimizers sgd --lr $lr --min_epochs 0 --eps 0.4 0.3 0.25 \
+            --batchsizes "125 182 250 364 500 667 1000 1334 2000 4000" --max_steps 5000 --measure_every 4 --draws 16
+    done
+}
+after_fit() { # on a network that fits, steps·ε is constant: no b*
+    seeds="0 1 2" sweep critical --dataset mnist1d --model MLP --optimizers sgd --batchsizes "64 128 256" --eps 0.4 0.3 \
+        --max_steps 40000
+}
+cells() { # other η and β, and the pairs of equal δ
+    for cell in sgd:0.3:128:8 sgd:0.3:64:4 sgd:0.3:32:3 sgd:0.6:128:4 sgd:0.6:64:3 sgd:0.03:8:5 sgd:0.107:128:24 \
+        sgd:0.107:256:48 nshb:0.3:64:4 nshb:1:128:4 nshb:1:256:5 shb:0.03:32:3 shb:0.03:64:4 shb:0.03:128:8 shb:0.01:16:3 \
+        shb:0.01:32:6; do
+        point "$cell" "${whole[@]}"
+    done
+    fit "${whole[@]}" --optimizers shb --beta1 0.5 --batchsizes 32 --measure_every 3 --max_steps 20000
+}
+point() { # OPTIMIZER:η:b:E FLAGS…
+    local optimizer lr b every
+    IFS=: read -r optimizer lr b every <<<"$1"
+    fit --optimizers "$optimizer" --lr "$lr" --batchsizes "$b" --measure_every "$every" --max_steps 30000 "${@:2}"
+}
+
+# --- the others ---------------------------------------------------------------------------------------------------
+
+confirm() {
+    for cell in sgd:0.1:16:3 sgd:0.1:32:6 sgd:0.1:64:12 sgd:0.1:128:24 nshb:0.1:16:3 nshb:0.1:32:6 nshb:0.1:64:12 \
+        nshb:0.1:128:24 sgd:0.107:128:24 sgd:0.107:256:48 shb:0.01:16:3 sgd:0.3:128:8 sgd:0.3:32:3 nshb:1:256:5; do
+        point "$cell" --model MLP
+    done
+    arms
+    softmax
+}
+convnet() {
+    for b in 16 64 256 1024; do
+        fit --model ConvNet1d --batchsizes $b --measure_every $((b / 4)) --max_steps 10000 --measure noise sharpness \
+            --probe_images 1000
+    done
+}
+images() {
+    sweep normal --dataset CIFAR20-5k --model ResNet8 --batchsizes "16 32 64 128 256" --until_loss 0.01 --epochs 100 \
+        --max_steps 3200 --recalibrate --measure_every 8 --measure smoothing --draws 16 --probe_images 500
+}
+cifar100() {
+    local sample=(sampling --dataset CIFAR100 --model ResNet20)
+    sweep "${sample[@]}" --batchsizes 128 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400 1600
+    sweep "${sample[@]}" --optimizers sgd --batchsizes 16 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400 1600 4000
+    sweep "${sample[@]}" --optimizers sgd --batchsizes 1024 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400
+    sweep "${sample[@]}" --batchsizes 128 --measure smoothing sharpness --draws 32 --probe_images 500 --steps 400 1600
+    sweep "${sample[@]}" --model ResNet18 --optimizers shb --batchsizes 128 --draws 16 --steps 0 100
+}
+
+run() { # FOLDER SEEDS PART…: the runs of these parts, then the tables and figures of all of FOLDER
+    local folder=$1 seeds=$2 part began
+    for part in "${@:3}"; do
+        began=$SECONDS
+        $part
+        echo "$part: $(((SECONDS - began) / 60)) minutes"
+    done
+    [[ " ${flags[*]} " == *" --dry_run "* ]] || "$python" figures.py "$results/$folder/runs" --out "$results/$folder" || status=1
+}
+for group in "${parts[@]:-mnist1d}"; do
+    case $group in
+    mnist1d) run mnist1d "0 1 2 3 4" arms grid cells softmax after_fit memory shape ;;
+    confirm) run confirm "5 6 7 8 9" confirm ;;
+    convnet) run convnet "0 1 2" convnet ;;
+    images) run images "0 1 2" images ;;
+    cifar100) run . 0 cifar100 ;;
+    *)
+        echo "error: argument PART: got '$group', allowed are mnist1d, confirm, convnet, images, cifar100" >&2
+        exit 2
+        ;;
+    esac
+    case $group in mnist1d | confirm)
+        [[ " ${flags[*]} " == *" --dry_run "* ]] || "$python" scripts/verdicts.py "$results/$group/runs" --out "$results/$group" || status=1
+        ;;
+    esac
+done
+exit $status

@@ -350,3 +350,12 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(downloads, tmp_path, monk
         with pytest.raises(UserError, match="No space left"):
             data.load("CIFAR10", directory, CPU, 0)
         assert list(tmp_path.glob("*")) == []
+
+
+def test_the_first_classes_of_the_real_cifar100(cifar_dir):
+    whole, part = (data.load(name, cifar_dir, CPU, 0) for name in ("CIFAR100", "CIFAR20-5k"))
+    assert part.size == 5000 and part.y_train.bincount().tolist() == [250] * 20
+    assert part.y_test.bincount().tolist() == [100] * 20 and not part.spec.augmented
+    for k in (0, 19):
+        assert torch.equal(part.x_train[part.y_train == k], whole.x_train[whole.y_train == k][:250])
+        assert torch.equal(part.x_test[part.y_test == k], whole.x_test[whole.y_test == k])

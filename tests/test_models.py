@@ -22,6 +22,7 @@ def test_which_networks_have_batchnorm_is_known(name):
         ("MobileNetv2", 100, 2_369_380),
         ("ResNet20", 10, 269_722),  # He et al., table 6: 0.27 M
         ("ResNet20", 100, 275_572),
+        ("ResNet8", 10, 75_290),  # a stage of one block
         ("MLP", 10, 15_210),  # 40·100 + 100, 100·100 + 100, 100·10 + 10
         ("Softmax", 10, 410),
         ("ConvNet1d", 10, 8_106),
@@ -37,7 +38,11 @@ def test_parameters_and_shapes(name, classes, count):
 def test_each_data_set_has_networks_and_each_network_data_sets():
     taking = {name: [n for n in models.NETWORKS if models.takes(n, spec.shape)] for name, spec in DATASETS.items()}
     assert taking["mnist1d"] == ["MLP", "Softmax", "ConvNet1d"]
-    assert taking["CIFAR100"] == taking["digits"] == ["ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20"]
+    assert (
+        taking["CIFAR100"]
+        == taking["digits"]
+        == ["ResNet18", "WideResNet-28-10", "MobileNetv2", "ResNet20", "ResNet8"]
+    )
     assert not models.takes("MLP", (41,)) and not models.takes("ResNet20", (28, 28, 1))
 
 
