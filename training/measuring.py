@@ -1,7 +1,6 @@
 """What is measured at a step, in any mode, and its rows of measurements.csv (docs/measuring.md)."""
 
 import time
-from argparse import Namespace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,12 @@ from tqdm import tqdm
 
 from arguments import ENDLESS, OPTIMIZERS, measures, planned_steps
 from measure.draws import augmentation, flat
-from measure.gradients import VALUE, Objective
+from measure.gradients import Objective
 from measure.noise import batch_noise, budget
 from measure.optimizers import ExactMemory, affine, direction
 from measure.quantities import INDEX
 from measure.shape import shape
-from measure.sharpness import PROBES, PRODUCT, QUADRATIC, sharpness
+from measure.sharpness import sharpness
 from measure.smoothing import smoothing
 from training.data import PROBING, SMOOTHING
 from training.record import MEASUREMENTS
@@ -144,11 +143,10 @@ class Measuring:
 
     def _augmentation(self, objective: Objective) -> dict:
         """Augmentation's part of the variance, at the batch size of training."""
-        pairs = augmentation_pairs(self.run)
-        if not pairs:
+        if not (self.args.draw_batchsizes and self.run.data.spec.augmented):
             return {}
         with self.run.autocast():
-            batches = self.run.data.augmented_pairs(self.run.step, self.args.batchsize, pairs)
+            batches = self.run.data.augmented_pairs(self.run.step, self.args.batchsize, max(2, self.args.draws // 4))
             return augmentation(objective, batches)
 
     def _shape(self, objective: Objective, kept: list[Tensor], full: list[Tensor]) -> dict[str, dict]:
@@ -181,11 +179,11 @@ class Measuring:
         return found
 
     def cost(self) -> float:
-        """What a measurement costs, in images forward and backward, but for the test images."""
-        args, cost = self.args, self.run.data.size + 0.0
-        if args.measure:
-            cost += args.draws * sum({args.batchsize, *args.draw_batchsizes})
-            cost += 2 * augmentation_pairs(self.run) * args.batchsize + landscape_cost(args)
+        """About what a measurement costs, in images forward and backward: docs/measuring.md, Cost."""
+        args, m, n = self.args, self.args.draws, self.args.probe_images
+        cost = self.run.data.size + (m * sum({args.batchsize, *args.draw_batchsizes}) if args.measure else 0.0)
+        cost += n * (1.2 * (m + 1) + 3 * (m / 2 + 16) + 1) if "smoothing" in args.measure else 0
+        cost += 187 * n + 129 * args.batchsize if "sharpness" in args.measure else 0
         return len(args.measure_batchnorm) * cost
 
     # --- checkpoints ---
@@ -199,23 +197,6 @@ class Measuring:
         if state and self.memory:
             self.fed = state["fed"]
             self.memory.shadow.load_state_dict(state["shadow"])
-
-
-def augmentation_pairs(run: "Training") -> int:
-    """How many pairs of batches tell augmentation's part of the variance: one for four draws of --draw_batchsizes."""
-    return run.args.draws // 4 if run.args.draw_batchsizes and run.data.spec.augmented else 0
-
-
-def landscape_cost(args: Namespace) -> float:
-    """As `Measuring.cost`, of smoothing and sharpness."""
-    cost = 0.0
-    if "smoothing" in args.measure:
-        cost += args.probe_images * (VALUE * 3 * (args.draws + 1) + QUADRATIC * (args.draws // 2 + PROBES) + 1)
-    if "sharpness" in args.measure:
-        products = 30  # with the Hessian until λ_max is known, about
-        cost += args.probe_images * (VALUE * (BATCHES + 1) + QUADRATIC * (PROBES + 2) + PRODUCT * products)
-        cost += PRODUCT * BATCHES * args.batchsize + args.batchsize
-    return cost
 
 
 class Progress:
