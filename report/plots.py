@@ -79,6 +79,9 @@ def _name_curves(ax):
         ax.legend()
         return
     lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
+    lines, names = zip(
+        *((line, n) for line, n in zip(lines, names, strict=True) if len(line.get_xdata())), strict=True
+    )
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
     ax.get_ylim()  # the limits that the curves ask for are set now
     heights, below = ax.transData.transform(ends)[:, 1] * 72 / ax.figure.dpi, -np.inf

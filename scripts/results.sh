@@ -23,7 +23,7 @@ done
 flags=("$@")
 
 sweep() { # MODE FLAGS…: of the present part
-    scripts/sweep.sh "$@" --seeds "${SEEDS:-$seeds}" --device cpu --runs_dir "$results/$folder/runs/$part" \
+    scripts/sweep.sh "$@" --seeds "${SEEDS:-$seeds}" --device cpu --runs_dir "$runs" \
         --jobs_per_gpu "${JOBS:-2}" "${flags[@]}"
     local ended=$?
     ((ended > 1)) && exit $ended
@@ -108,15 +108,21 @@ cifar100() {
     sweep "${sample[@]}" --model ResNet18 --optimizers shb --batchsizes 128 --draws 16 --steps 0 100
 }
 
-run() { # FOLDER SEEDS PART…: the runs of these parts, then the tables and figures of all of FOLDER
-    local folder=$1 seeds=$2 part began
+dry=$([[ " ${flags[*]} " == *" --dry_run "* ]] && echo echo) # a dry run says what it would draw
+
+run() { # FOLDER SEEDS PART…: the runs of these parts, and the tables and figures of each
+    local folder=$results/$1 seeds=$2 part runs began
+    # The records of the repository's own study lie in one archive.
+    [[ -e $folder/runs.tar.xz && ! -e $folder/runs ]] && { $dry tar -xJf "$folder/runs.tar.xz" -C "$folder" || exit; }
     for part in "${@:3}"; do
-        began=$SECONDS
-        $part
+        began=$SECONDS runs=$folder/runs/$part
+        [[ $part == cifar100 ]] && runs=$results/runs folder=$results part=.
+        ${parts_of[$part]-$part}
         echo "$part: $(((SECONDS - began) / 60)) minutes"
+        [[ $part == arms || $part == cells ]] || $dry "$python" figures.py "$runs" --out "$folder/$part" || status=1
     done
-    [[ " ${flags[*]} " == *" --dry_run "* ]] || "$python" figures.py "$results/$folder/runs" --out "$results/$folder" || status=1
 }
+declare -A parts_of=([.]=cifar100)
 for group in "${parts[@]:-mnist1d}"; do
     case $group in
     mnist1d) run mnist1d "0 1 2 3 4" arms grid cells softmax after_fit memory shape ;;
@@ -129,9 +135,7 @@ for group in "${parts[@]:-mnist1d}"; do
         exit 2
         ;;
     esac
-    case $group in mnist1d | confirm)
-        [[ " ${flags[*]} " == *" --dry_run "* ]] || "$python" scripts/verdicts.py "$results/$group/runs" --out "$results/$group" || status=1
-        ;;
-    esac
+    [[ $group != mnist1d && $group != confirm ]] ||
+        $dry "$python" scripts/verdicts.py "$results/$group/runs" --out "$results/$group" || status=1
 done
 exit $status

@@ -1,6 +1,7 @@
 """The six primary tests of docs/plan.md, from the records of the study: fixed before its first run.
 
-Writes one row a test to OUT/verdicts.csv: effect, 95 % interval, n, p, and whether it is significant by Holm's rule.
+Writes one row a test to OUT/verdicts.csv: effect, 95 % interval, n, p, and whether it is significant by Holm's rule;
+and of the MLP one row a setting (settings.csv), how well each predictor does (predictors.csv), and the figure of it.
 """
 
 import sys
@@ -13,7 +14,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from arguments import Parser, path
-from report import critical, predictors, records
+from report import critical, plots, predictors, records
 from report.statistics import level, paired
 from utils import UserError, replacing, say, usable_streams
 
@@ -77,10 +78,13 @@ def critical_tests(runs):
         raise ValueError(f"b* of two ε at both η is needed, known are {list(known.index)}")
     drawn = {(lr, eps): known.loc[(lr, eps), "redraws"] for lr in RATES for eps in both}
     n = int(known["seeds"].min())
-    ratio = np.mean([drawn[RATES[0], eps] - drawn[RATES[1], eps] for eps in both], axis=0)
+    # Redraws of one ε are of one seed: shuffled, or the errors of the two η would cancel.
+    shuffled = np.random.default_rng(0).permutation(critical.REDRAWS)
+    ratio = np.mean([drawn[RATES[0], eps] - drawn[RATES[1], eps][:, shuffled] for eps in both], axis=0)
     x = np.log2(1 / np.array(both))
     x -= x.mean()
-    power = np.tensordot(x, np.mean([[drawn[lr, eps] for eps in both] for lr in RATES], axis=0), 1) / (x @ x)
+    means = [(drawn[RATES[0], eps] + drawn[RATES[1], eps][:, shuffled]) / 2 for eps in both]
+    power = np.tensordot(x, means, 1) / (x @ x)
     name = f"log2 b* at η = {RATES[0]} less at {RATES[1]}; by the formula {RATIO:g}"
     return [
         {"test": name, "kind": "formula"} | redrawn(ratio, RATIO, n),
@@ -106,8 +110,9 @@ def verdicts(mlp, softmax):
     return table.assign(significant=holm(table["p"].to_numpy()))
 
 
+@plots.styled  # saving draws
 def main(argv):
-    """Write the table. Returns the exit status. UserError."""
+    """Write the tables. Returns the exit status. UserError."""
     parser = Parser(prog="scripts/verdicts.py", description=__doc__)
     parser.add_argument("runs_dir", metavar="RUNS_DIR", type=path, help="the study's records")
     parser.add_argument("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
@@ -118,9 +123,13 @@ def main(argv):
     except (ValueError, KeyError) as error:
         given = f"argument RUNS_DIR: got {str(args.runs_dir)!r}"
         raise UserError(f"{given}, allowed are the study's records ({error})") from error
+    points = predictors.settings(runs[runs["model"] == "MLP"])
     args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / "verdicts.csv") as file:
-        file.write(table.to_csv(index=False, float_format="%.5g").encode())
+    for name, rows in (("verdicts", table), ("settings", points), ("predictors", predictors.table(points))):
+        with replacing(args.out / f"{name}.csv") as file:
+            file.write(rows.to_csv(index=False, float_format="%.5g").encode())
+    with replacing(args.out / "predictors.png") as image:
+        plots.predictors(points).savefig(image, format="png", dpi=150, metadata={"Software": None})
     print(table.to_string(index=False))
     return 0
 

@@ -49,7 +49,6 @@ def test_the_quickstart_s_table_is_that_of_its_files(monkeypatch, capsys):
         "SHB: highest 68.0 % at b = 128, inside the grid",
     ):
         assert sentence in text
-    assert "SGD is best at b = 16 (66.5 %), SHB at b = 128 (68.0 %)" in PAGES["README.md"]
 
 
 def test_sgd_and_nshb_are_level_where_both_fit_and_delta_is_not():
@@ -65,6 +64,48 @@ def test_sgd_and_nshb_are_level_where_both_fit_and_delta_is_not():
     rows = rows[(rows["epoch"] > 15) & (rows["epoch"] < 16) & rows["b"].isin(both.index)]
     delta = rows.pivot(index="b", columns="label", values="delta_mean")
     assert len(delta) == 4 and (delta["SGD"] / delta["NSHB"]).min() > 2
+
+
+def test_the_verdicts_are_those_of_the_tables():
+    folders = [pd.read_csv(RESULTS / folder / "verdicts.csv") for folder in ("mnist1d", "confirm")]
+    for row in zip(*(table.itertuples() for table in folders), strict=True):
+        fine, coarse = ([f"{r.effect:.{d}f} ({r.low:.{d}f} to {r.high:.{d}f})" for r in row] for d in (2, 1))
+        assert f"| {fine[0]} | {fine[1]} |" in PAGES["results/README.md"], fine
+        assert "T4" in PAGES["results/README.md"] and (row[0].Index == 3 or coarse[0] in PAGES["README.md"]), coarse
+        assert row[0].Index == 3 or coarse[1] in PAGES["README.md"]
+    assert [list(table["significant"]) for table in folders] == [
+        [True] * 5 + [False],
+        [False, True, True, False, True, False],
+    ]
+
+
+def test_what_was_explored_on_mnist1d():
+    page, tables = PAGES["results/README.md"], RESULTS / "mnist1d"
+    rho = pd.read_csv(tables / "predictors.csv").set_index("predictor")["rank_correlation"]
+    names = {"delta": "δ ", "lr_over_b": "η_eff/b ", "temperature": "temperature ", "lambda_max": "λ_max −"}
+    assert ", ".join(f"{said}{abs(rho[name]):.2f}" for name, said in names.items()) in page
+    settings = pd.read_csv(tables / "settings.csv")
+    assert settings["fits"].sum() == 35 and (settings["seeds"] == 5).all()
+    grid = settings[(settings["lr"] == 0.1) & settings["fits"] & (settings["beta1"].fillna(0.9) == 0.9)]
+    for label, b, best in (("SGD", 16, "66.5"), ("NSHB", 16, "66.2"), ("SHB", 128, "66.6")):
+        rows = grid[grid["label"] == label].set_index("b")["accuracy_mean"]
+        assert rows.idxmax() == b == rows.index.min() and f"{rows.max():.1f}" == best
+    for lr, times, solved in ((0.02, 96, 3140), (0.04, 48, 1568)):
+        stars = pd.read_csv(tables / "softmax" / f"mnist1d_Softmax_lr{lr}_critical_batch_size.csv").set_index("eps")
+        row = stars.loc[0.4]
+        assert round(row["c_squared_fit"]) == solved and round(row["c_squared_fit"] / row["c_squared_run"]) == times
+    memory = pd.read_csv(tables / "memory" / "mnist1d_MLP_lr0.1_beta0.9_omega.csv")
+    memory = (
+        memory[memory["memory_noise_mean"].notna() & (memory["steps"] > 0)]
+        .groupby(["label", "b"])
+        .mean(numeric_only=True)
+    )
+    for where, shown in ((("SHB", 128), (2.32, 2.02, -1.26, 3.08)), (("NSHB", 256), (0.006, 0.036, 0.009, 0.051))):
+        parts = [memory.loc[where, f"memory{part}_mean"] for part in ("_noise", "_drift", "_cross", "")]
+        assert all(near(a, b) for a, b in zip(shown, parts, strict=True)), parts
+    shape = pd.read_csv(tables / "shape" / "mnist1d_MLP_lr0.1_beta0.9_shape.csv")
+    assert (round(shape["effective_rank_mean"].min()), round(shape["effective_rank_mean"].max())) == (39, 107)
+    assert near(0.74, shape["non_normal_share_mean"].max())
 
 
 AT = {"b": 128, "steps": 1600}
