@@ -168,12 +168,10 @@ def _place(grid, whole, best, fit):
 
 
 def _c_squared(star, rows):
-    """Return C² from b*, C² measured at the size b_star and the formula's b* for it, and what the paper has."""
+    """Return C² from b*, C² measured at the size b_star and the formula's b* for it."""
     about, at = (star["optimizer"], star["lr"]), (star["eps"], np.nan_to_num(star["beta1"]))
     names = ("from_b_star", "fit", "fit_low", "fit_high")
     found = {f"c_squared_{k}": theory.c_squared(*about, star[b], *at) for k, b in zip(names, PLACES, strict=True)}
-    paper = published.CONSTANTS.get((star["curve"], star["eps"]), (np.nan, np.nan))
-    found |= dict(zip(("published_b_star", "published_c_squared"), paper, strict=True))
     if rows is not None and len(rows):
         here = own(measured(rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"])], "c_squared"))
         here = here[
@@ -187,6 +185,13 @@ def _c_squared(star, rows):
     return found
 
 
+def slope_weights(every_eps):
+    """Return what log2 b* at each ε contributes to the power p of b* ~ (1/ε)^p, the slope of a regression."""
+    x = np.log2(np.mean(every_eps) / np.array(every_eps))
+    x -= x.mean()
+    return x / (x @ x)
+
+
 def power(stars):
     """Return one row a curve and min_epochs of `b_star` with two fitted ε at least: the power p of b* ~ (1/ε)^p.
 
@@ -197,8 +202,7 @@ def power(stars):
     for _, part in known.groupby(KEY[:-2], dropna=False, sort=False) if len(known) else ():
         if len(part) < 2:
             continue
-        x = np.log2(part["eps"].mean() / part["eps"].to_numpy())
-        weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()  # of log2 b* in the slope of the regression
+        weights = slope_weights(part["eps"])
         slope, argmin = weights @ np.log2(part[["b_star_fit", "b_star"]].to_numpy(float))
         low, high = interval(np.tensordot(weights, np.stack(part["redraws"]), 1))
         others = weights @ np.stack(part["others"])

@@ -1,22 +1,11 @@
-"""What the paper publishes of CIFAR-100 at lr 0.1, β 0.9: b*, C², and the one curve of steps known exactly."""
+"""What the paper publishes of CIFAR-100 at lr 0.1, β 0.9: the one curve of steps known exactly."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-SHB = "CIFAR100, ResNet18, lr 0.1, SHB, beta1 0.9"
-# (b*, C²) by (`curve` of report.records, ε); section 3 of the paper, which has C² at ε = 0.5 only.
-CONSTANTS = {
-    ("CIFAR100, ResNet18, lr 0.1, SGD", 0.5): (512, 1280),
-    (SHB, 0.5): (1024, 25.3),
-    (SHB, 0.7): (512, np.nan),
-    (SHB, 1.0): (256, np.nan),
-    ("CIFAR100, ResNet18, lr 0.1, NSHB, beta1 0.9", 0.5): (512, 128),
-    ("CIFAR100, WideResNet-28-10, lr 0.1, SGD", 0.5): (np.nan, 10),
-    ("CIFAR100, WideResNet-28-10, lr 0.1, SHB, beta1 0.9", 0.5): (np.nan, 0.79),
-    ("CIFAR100, WideResNet-28-10, lr 0.1, NSHB, beta1 0.9", 0.5): (np.nan, 1.0),
-}
+SHB = "CIFAR100, ResNet18, lr 0.1, SHB, beta1 0.9"  # `curve` of report.records
 
 
 def steps():

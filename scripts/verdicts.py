@@ -50,14 +50,13 @@ def cell(rows, where):
 
 def accuracy_test(rows, kind, pairs):
     """Return effect, interval, n and p of one of ACCURACY. A seed of which one cell has no accuracy is left out."""
-    sides = [
-        pd.concat([cell(rows, pair[side])[["seed", "accuracy"]] for pair in pairs]).groupby("seed") for side in (0, 1)
-    ]
-    one, other = (side["accuracy"].mean()[side["accuracy"].count() == len(pairs)].reset_index() for side in sides)
+    sides = [pd.concat(cell(rows, pair[i]) for pair in pairs).groupby("seed")["accuracy"] for i in (0, 1)]
+    one, other = (side.mean()[side.count() == len(pairs)].reset_index() for side in sides)
     found = paired(one, other, "accuracy")
-    t = found["difference"] / found["se"]
-    p = level(one, other, "accuracy") if kind == "level" else 2 * stats.t.sf(abs(t), found["seeds"] - 1)
-    return {"effect": found["difference"], "low": found["low"], "high": found["high"], "n": found["seeds"], "p": p}
+    effect, n = found["difference"], found["seeds"]
+    t = effect / found["se"]
+    p = level(one, other, "accuracy") if kind == "level" else 2 * stats.t.sf(abs(t), n - 1)
+    return {"effect": effect, "low": found["low"], "high": found["high"], "n": n, "p": p}
 
 
 def redrawn(values, predicted, n):
@@ -75,26 +74,23 @@ def critical_tests(runs):
     both = [eps for eps in EVERY_EPS if all((lr, eps) in known.index for lr in RATES)]
     if len(both) < 2:
         raise ValueError(f"b* of two ε at both η is needed, known are {list(known.index)}")
-    drawn = {(lr, eps): known.loc[(lr, eps), "redraws"] for lr in RATES for eps in both}
+    drawn = np.array(
+        [[known.loc[(lr, eps), "redraws"] for eps in both] for lr in RATES]
+    )  # log2 b*: η, ε, fits, redraws
+    ratio = (drawn[0] - drawn[1]).mean(axis=0)
+    power = np.tensordot(critical.slope_weights(both), drawn.mean(axis=0), 1)
+    tests = {
+        f"log2 b* at η = {RATES[0]} less at {RATES[1]}; by the formula {RATIO:g}": (ratio, RATIO),
+        f"power of 1/ε in b*; by the formula {POWER:g}": (power, POWER),
+    }
     n = int(known["seeds"].min())
-    ratio = np.mean([drawn[RATES[0], eps] - drawn[RATES[1], eps] for eps in both], axis=0)
-    x = np.log2(1 / np.array(both))
-    x -= x.mean()
-    power = np.tensordot(x, np.mean([[drawn[lr, eps] for eps in both] for lr in RATES], axis=0), 1) / (x @ x)
-    name = f"log2 b* at η = {RATES[0]} less at {RATES[1]}; by the formula {RATIO:g}"
-    return [
-        {"test": name, "kind": "formula"} | redrawn(ratio, RATIO, n),
-        {"test": f"power of 1/ε in b*; by the formula {POWER:g}", "kind": "formula"} | redrawn(power, POWER, n),
-    ]
+    return [{"test": name, "kind": "formula"} | redrawn(*values, n) for name, values in tests.items()]
 
 
 def holm(p, alpha=0.05):
     """Return which p values are significant, if any false one is to have probability `alpha` at most (Holm 1979)."""
     order, found = np.argsort(p), np.zeros(len(p), bool)
-    for rank, i in enumerate(order):
-        if p[i] > alpha / (len(p) - rank):
-            break
-        found[i] = True
+    found[order] = np.logical_and.accumulate(p[order] <= alpha / np.arange(len(p), 0, -1))
     return found
 
 

