@@ -14,12 +14,8 @@ from training.stopping import first_check, first_crossing, running_means
 
 KEY = [*records.CURVE, "min_epochs", "eps", "b"]
 REDRAWS = 10_000
-FEWEST_UPDATES = 50  # of fewer, b* says how training begins, not how it goes on
-# Other fits: degree of a polynomial, and through how many sizes on each side of the least.
-FITS = {f"b_star_quadratic_{2 * reach + 1}": (2, reach) for reach in (1, 2, 3)}
-FITS |= {f"b_star_cubic_{2 * reach + 1}": (3, reach) for reach in (2, 3)}
 PLACES = ("b_star", "b_star_fit", "b_star_fit_low", "b_star_fit_high")
-OF_FITS = [*FITS, "b_star_spline"]
+FEWEST_UPDATES = 50  # of fewer, b* says how training begins, not how it goes on
 
 
 def crossings(runs, min_epochs=None):
@@ -113,12 +109,21 @@ def interval(redraws):
     return ends[0].min(), ends[1].max()
 
 
+def other_fits(x, y, at):
+    """Return log2 b* by quadratics through 3, 5, 7 sizes about the `at`-th, cubics through 5, 7, and a spline (6,)."""
+    fine, found = np.linspace(x[0], x[-1], 4001), []
+    for degree, reach in ((2, 1), (2, 2), (2, 3), (3, 2), (3, 3)):
+        near = slice(max(0, at - reach), at + reach + 1)
+        found.append(minimum(x[near], y[near], degree))
+    return np.array([*found, fine[CubicSpline(x, y)(fine).argmin()]])
+
+
 def b_star(steps, rows=None):
     """Return one row a curve, min_epochs and ε: the critical batch size, of the lowest mean SFO complexity.
 
     Sizes count at which every seed reached ε, and not at the first check; two at least. Columns: docs/measuring.md.
-    And inside: sizes on both sides are known to need more than the best; updates: to ε there; redraws: of log2 b*;
-    note: why it is no result. `rows`, of `records.measurements`, are where C² was measured.
+    And inside: sizes on both sides are known to need more than the best; updates: to ε there; note: why it is no
+    result; redraws, others: of log2 b*, and by `other_fits`. `rows`: of `records.measurements`, with measured C².
     """
     found = []
     for _, grid in steps.groupby(KEY[:-1], dropna=False, sort=False) if len(steps) else ():
@@ -139,54 +144,52 @@ def _place(grid, whole, best, fit):
     """Return the columns about where b* lies: by the grid, and by a fit if there may be one."""
     here = grid[whole]
     x, y, n = np.log2(here["b"].to_numpy(float)), here["log_sfo_mean"].to_numpy(), here["seeds"].to_numpy()
-    at, freedom = (
-        here.index.get_loc(best.name),
-        (n - 1).sum() * (1 - 1 / len(n)),
-    )  # a seed's own level takes 1 of n − 1
+    at, freedom = here.index.get_loc(best.name), (n - 1).sum() * (1 - 1 / len(n))  # a seed's own level: 1 of n − 1
     error = np.sqrt(np.nansum((n - 1) * n * here["log_sfo_se"] ** 2) / max(freedom, 1) / n)
     alike = y - y[at] <= (stats.t.ppf(0.975, freedom) * np.hypot(error, error[at]) if freedom else 0)
     # What a size needs at least is not known where a seed diverged, or had ε when it was first looked at.
     least = (grid["at_first_check"] == 0) & (grid["diverged"] == 0) & (grid["sfo_mean"] > best["sfo_max"])
     more = pd.concat([here["b"][~alike], grid["b"][least & ~whole]])
-    ends = more[more < best["b"]].max(), more[more > best["b"]].min()
-    row = {"inside": not np.isnan(ends).any(), "alike": " ".join(map(str, here["b"][alike])) if freedom else ""}
-    row |= dict(zip((*PLACES[1:], "other_fits"), (np.nan, *ends, np.nan), strict=True))
+    low, high = more[more < best["b"]].max(), more[more > best["b"]].min()
+    row = {"inside": low < high, "alike": " ".join(map(str, here["b"][alike])) if freedom else ""}
+    row |= dict(zip(PLACES[1:], (np.nan, low, high), strict=True)) | {"other_fits": np.nan}
     if not fit or min(at, len(x) - 1 - at) < 2:
         return row
-    near = {reach: slice(max(0, at - reach), at + reach + 1) for reach in (1, 2, 3)}
-    others = {name: minimum(x[near[reach]], y[near[reach]], degree) for name, (degree, reach) in FITS.items()}
-    fine = np.linspace(x[0], x[-1], 4001)
-    others["b_star_spline"] = fine[CubicSpline(x, y)(fine).argmin()]
-    middle, first, last = others["b_star_cubic_7"], *x[near[3]][[0, -1]]
+    others, seven = other_fits(x, y, at), slice(max(0, at - 3), at + 4)
+    middle, first, last = others[4], *x[seven][[0, -1]]
     if not first < middle < last:
         return row
-    drawn = [redraw(x[near[k]], y[near[k]], error[near[k]], freedom, round(1e6 * best["eps"])) for k in (3, 2)]
+    five = slice(max(0, at - 2), at + 3)
+    drawn = [redraw(x[k], y[k], error[k], freedom, round(1e6 * best["eps"])) for k in (seven, five)]
     low, high = interval(drawn)
     ends = middle, low if low > first else np.nan, high if high < last else np.nan
-    others |= {"other_fits_low": min(others.values()), "other_fits_high": max(others.values())}
-    others |= dict(zip(PLACES[1:], ends, strict=True))
-    return row | {key: 2.0**value for key, value in others.items()} | {"redraws": np.array(drawn)}
+    row |= dict(zip(PLACES[1:], np.exp2(ends), strict=True)) | {"redraws": np.array(drawn), "others": others}
+    return row | {"other_fits_low": 2 ** others.min(), "other_fits_high": 2 ** others.max()}
 
 
 def _c_squared(star, rows):
-    """Return C² from b*, C² measured at the size b_star and the formula's b* for it, and what the paper has."""
-    about, paper = (star["optimizer"], star["lr"]), published.CONSTANTS.get(star["curve"], {})
-    at = star["eps"], np.nan_to_num(star["beta1"])
+    """Return C² from b*, C² measured at the size b_star and the formula's b* for it."""
+    about, at = (star["optimizer"], star["lr"]), (star["eps"], np.nan_to_num(star["beta1"]))
     names = ("from_b_star", "fit", "fit_low", "fit_high")
     found = {f"c_squared_{k}": theory.c_squared(*about, star[b], *at) for k, b in zip(names, PLACES, strict=True)}
-    found["published_b_star"] = paper.get("b_star", {}).get(star["eps"], np.nan)
-    found["published_c_squared"] = paper.get("c_squared", np.nan) if star["eps"] == 0.5 else np.nan
     if rows is not None and len(rows):
         here = own(measured(rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"])], "c_squared"))
         here = here[
             (here["steps"] <= star["updates"]) & (here["batchnorm"] == here["batchnorm"].max())
-        ]  # train, if any
+        ]  # eval < train
         values = here.groupby("steps")["c_squared"].mean()
         if len(values):
             mean, last = values.mean(), values.iloc[-1]
             found |= {"c_squared_run": mean, "c_squared_at_eps": last, "c_squared_max": values.max()}
             found["b_star_formula"] = theory.critical_batch_size(*about, mean, *at)
     return found
+
+
+def slope_weights(every_eps):
+    """Return what log2 b* at each ε contributes to the power p of b* ~ (1/ε)^p, the slope of a regression."""
+    x = np.log2(np.mean(every_eps) / np.array(every_eps))
+    x -= x.mean()
+    return x / (x @ x)
 
 
 def power(stars):
@@ -197,13 +200,13 @@ def power(stars):
     rows = []
     known = stars.dropna(subset="b_star_fit") if len(stars) else stars
     for _, part in known.groupby(KEY[:-2], dropna=False, sort=False) if len(known) else ():
-        x = np.log2(part["eps"].mean() / part["eps"].to_numpy())
-        x -= x.mean()
-        if len(x) > 1:
-            slopes = x @ np.log2(part[["b_star_fit", "b_star", *OF_FITS]].to_numpy(float)) / (x @ x)
-            low, high = interval(np.tensordot(x, np.stack(part["redraws"]), 1) / (x @ x))
-            row = {key: part[key].iloc[0] for key in KEY[:-2]} | {"every_eps": " ".join(f"{e:g}" for e in part["eps"])}
-            row |= {"power": slopes[0], "power_low": low, "power_high": high, "argmin": slopes[1]}
-            row |= {"other_fits": np.nan, "other_fits_low": slopes[2:].min(), "other_fits_high": slopes[2:].max()}
-            rows.append(row)
+        if len(part) < 2:
+            continue
+        weights = slope_weights(part["eps"])
+        slope, argmin = weights @ np.log2(part[["b_star_fit", "b_star"]].to_numpy(float))
+        low, high = interval(np.tensordot(weights, np.stack(part["redraws"]), 1))
+        others = weights @ np.stack(part["others"])
+        row = {key: part[key].iloc[0] for key in KEY[:-2]} | {"every_eps": " ".join(f"{e:g}" for e in part["eps"])}
+        row |= {"power": slope, "power_low": low, "power_high": high, "argmin": argmin, "other_fits": np.nan}
+        rows.append(row | {"other_fits_low": others.min(), "other_fits_high": others.max()})
     return pd.DataFrame(rows)

@@ -6,16 +6,16 @@ import numpy as np
 from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.figure import Figure
 
-from arguments import lagging
 from measure.quantities import quantity
 
 COLORS = {"SGD": "#0072B2", "SHB": "#D55E00", "NSHB": "#009E73", "QHM": "#CC79A7"}
 MARKERS = {"SGD": "o", "SHB": "s", "NSHB": "^", "QHM": "D"}  # tell curves apart in grey
-DASHES = ("-", "--", ":", "-.")  # of several curves of one optimizer
+DASHES = ("-", ":", "-.", (0, (5, 1)))  # of several curves of one optimizer; dashed is a curve's second line
 PARTS = {
-    **{"fresh": ("this mini-batch", "#56B4E9"), "memory": ("momentum", "#E69F00")},
-    **{"memory_noise": ("noise of earlier mini-batches", "#E69F00"), "memory_drift": ("change of ∇f", "#F0E442")},
-    "injected": ("injected", "0.6"),
+    "fresh": ("this mini-batch", "#56B4E9"),
+    "memory": ("momentum", "#E69F00"),
+    "memory_noise": ("noise of earlier mini-batches", "#E69F00"),
+    "memory_drift": ("change of ∇f", "#F0E442"),
 }
 KINDS = {
     "excess_real": ("mini-batch noise", "o", "#0072B2", "excess_predicted"),
@@ -26,19 +26,16 @@ PREDICTORS = {"delta": "δ measured", "temperature": "temperature", "lr_over_b":
 STYLE = {
     **{"font.size": 9, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
-    "figure.constrained_layout.use": True,
 }
 
 
 @contextmanager
-def _styled():
+def styled():
+    """Figures drawn and saved within have our style, and nothing of the user's matplotlibrc, which may want TeX."""
     with rc_context():
-        rcdefaults()  # not the user's matplotlibrc, which may want TeX
+        rcdefaults()
         rcParams.update(STYLE)
         yield
-
-
-styled = _styled()
 
 
 def label(name):
@@ -48,16 +45,9 @@ def label(name):
     return words + (f" ({q.unit})" if q.unit else "")
 
 
-def _early(table):
-    """Return what to say below a test accuracy, if anything; the second word of `setting` is the network."""
-    known = table.dropna(subset="accuracy_mean")
-    steps = known["steps_min" if "steps_min" in known else "steps"].min()
-    return "\nlow before update 100: BatchNorm lags" if lagging(known["setting"].iloc[0].split(", ")[1], steps) else ""
-
-
 def _panels(title, count, width=3.2, **more):
     """Return (Figure, list of its Axes)."""
-    fig = Figure(figsize=(0.8 + width * count, 3.2))
+    fig = Figure(figsize=(0.8 + width * count, 3.2), layout="constrained")
     fig.suptitle(title)
     return fig, list(fig.subplots(1, count, squeeze=False, **more)[0])
 
@@ -65,10 +55,10 @@ def _panels(title, count, width=3.2, **more):
 def _curves(table):
     """Yield (label, look, rows) of every curve of a table."""
     seen = []
-    for name in table["label"].unique():
+    for name, rows in table.groupby("label", sort=False):
         optimizer = name.split()[0]
         look = {"color": COLORS.get(optimizer, "0.4"), "marker": MARKERS.get(optimizer, "v")}
-        yield name, look | {"linestyle": DASHES[seen.count(optimizer) % 4]}, table[table["label"] == name]
+        yield name, look | {"linestyle": DASHES[seen.count(optimizer) % 4]}, rows
         seen.append(optimizer)
 
 
@@ -86,10 +76,21 @@ def _name_curves(ax):
     ax.get_ylim()  # the limits that the curves ask for are set now
     heights, below = ax.transData.transform(ends)[:, 1] * 72 / ax.figure.dpi, -np.inf
     for i in np.argsort(heights):
-        shift = max(0, below + 9 - heights[i])  # in points, so that no name stands on another
-        below = heights[i] + shift
-        color = lines[i].get_color()
-        ax.annotate(names[i], ends[i], (5, shift - 3), textcoords="offset points", color=color, fontsize=7)
+        below = max(heights[i], below + 9)  # in points, so that no name stands on another
+        _tag(ax, *ends[i], names[i], lines[i].get_color(), below - heights[i] - 3)
+
+
+def _tag(ax, x, y, text, color, shift=3.0):
+    """Say in a word what ends at (x, y)."""
+    ax.annotate(text, (x, y), (5, shift), textcoords="offset points", color=color, fontsize=7)
+
+
+def _dashed(ax, rows, x, name, text, color):
+    """Draw a second number of a curve, where it is known, as a dashed line of its colour that is named at its end."""
+    known = rows.dropna(subset=name)
+    ax.plot(known[x], known[name], "--", color=color, marker=".", lw=1)
+    if len(known):
+        _tag(ax, known[x].iloc[-1], known[name].iloc[-1], text, color)
 
 
 def _interval(ax, rows, x, name, **look):
@@ -106,15 +107,11 @@ def _band(ax, rows, x, name, **look):
 
 
 def _size_axis(ax, sizes, name="batch size b"):
-    """Make x the logarithmic axis of these batch sizes, with as many of them as ticks as there is room for."""
-    sizes, ticks = sorted(set(sizes)), []
-    for b in sizes:
-        if not ticks or 7 * np.log(b / ticks[-1]) >= np.log(sizes[-1] / sizes[0]):
-            ticks.append(b)
+    """Make x the logarithmic axis of these batch sizes."""
     ax.set_xscale("log", base=2)
-    ax.set(xlabel=name, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
-    ax.set_xticks(ticks, [f"{b:g}" for b in ticks])
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.set(xlabel=name, xlim=(min(sizes) / 1.5, max(sizes) * 1.5))
+    ax.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8))
+    ax.xaxis.set_major_formatter("{x:g}")
 
 
 def _log(ax, name="y"):
@@ -127,40 +124,38 @@ def _log(ax, name="y"):
         axis.set_minor_locator(ticker.NullLocator())
 
 
-@styled
 def training(table):
     """Draw loss, accuracy and ‖g‖ over training, of one batch size: mean, and band from min to max over seeds."""
     fig, axes = _panels("How do loss, accuracy and gradient norm change in training?", 3, 2.6)
     for ax, quantity_ in zip(axes, ("training_loss", "accuracy", "g-norm"), strict=True):
-        known = table.dropna(subset=f"{quantity_}_mean")
-        for name, look, rows in _curves(known):
+        for name, look, rows in _curves(table.dropna(subset=f"{quantity_}_mean")):
             few = look if len(rows) < 20 else look | {"marker": ""}
             _band(ax, rows, "epoch", quantity_, **few, label=name)
-        early = _early(table) if quantity_ == "accuracy" and len(known) else ""
-        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}{early}", ylabel=label(quantity_))
+            if quantity_ == "accuracy":
+                _dashed(ax, rows, "epoch", "accuracy_recalibrated_mean", "recalibrated", look["color"])
+        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}", ylabel=label(quantity_))
     _log(axes[2])
     _name_curves(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return fig
 
 
-@styled
 def accuracy(table, event):
     """Draw test accuracy over b at one event; × where a seed diverged, hollow where one did not fit."""
     fig, (ax,) = _panels("How does test accuracy depend on the batch size?", 1, 4)
     for name, look, rows in _curves(table):
-        known, lost = rows.dropna(subset="accuracy_mean"), rows[rows["diverged"] > 0]
-        _band(ax, known[known["unfit"] == 0], "b", "accuracy", **look, label=name)
-        unfit = known[known["unfit"] > 0]
-        ax.plot(unfit["b"], unfit["accuracy_mean"], look["marker"], mfc="none", color=look["color"])
-        floor = ax.get_xaxis_transform()
-        ax.plot(lost["b"], np.full(len(lost), 0.03), "x", color=look["color"], transform=floor, clip_on=False)
+        color, known = look["color"], rows.dropna(subset="accuracy_mean")
+        fits, unfit = known[known["unfit"] == 0], known[known["unfit"] > 0]
+        _band(ax, fits, "b", "accuracy", **look, label=name)
+        _dashed(ax, fits, "b", "accuracy_recalibrated_mean", "recalibrated", color)
+        ax.plot(unfit["b"], unfit["accuracy_mean"], look["marker"], mfc="none", color=color)
+        lost = rows["b"][rows["diverged"] > 0]
+        ax.plot(lost, 0.03 + 0 * lost, "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
     _size_axis(ax, table["b"])
-    ax.set(xlabel=f"{ax.get_xlabel()}{_early(table)}", ylabel=f"test {label('accuracy')} at {event}")
+    ax.set_ylabel(f"test {label('accuracy')} at {event}")
     _name_curves(ax)
     return fig
 
 
-@styled
 def sfo(steps, stars):
     """Draw SFO complexity over b, a panel an ε, three at most; ○ at the best b, line: b*'s interval."""
     every = sorted(steps["eps"].unique(), reverse=True)
@@ -172,14 +167,12 @@ def sfo(steps, stars):
             _band(ax, rows[~at_once & ~missed], "b", "sfo", **look, label=name)
             for bounds, marker in ((rows[missed & ~at_once], r"$\uparrow$"), (rows[at_once], r"$\downarrow$")):
                 ax.plot(bounds["b"], bounds["sfo_mean"], linestyle="", marker=marker, ms=8, color=look["color"])
-            best = stars[(stars["curve"] == rows["curve"].iloc[0]) & (stars["eps"] == eps)] if len(stars) else stars
-            for star in best[best["note"] == ""].to_dict("records") if len(best) else ():
-                ax.plot(star["b_star"], star["sfo"], "o", ms=11, mfc="none", color="k")
-                ax.hlines(star["sfo"], star["b_star_fit_low"], star["b_star_fit_high"], color="k", lw=2)
-            paper = rows.dropna(subset="published")
-            if len(paper):
-                ax.plot(paper["b"], paper["published"] * paper["b"], "k.", ms=3)
-                ax.annotate("paper", (paper["b"].iloc[-1], (paper["published"] * paper["b"]).iloc[-1]), fontsize=7)
+            paper = rows.assign(paper=rows["published"] * rows["b"])
+            _dashed(ax, paper, "b", "paper", "paper", "k")
+        if len(stars):
+            best = stars[(stars["eps"] == eps) & (stars["note"] == "") & stars["curve"].isin(steps["curve"])]
+            ax.plot(best["b_star"], best["sfo"], "o", ms=11, mfc="none", color="k")
+            ax.hlines(best["sfo"], best["b_star_fit_low"], best["b_star_fit_high"], color="k", lw=2)
         _size_axis(ax, steps["b"])
         _log(ax)
         ax.set(title=f"ε = {eps:g}", ylabel="SFO complexity (gradients)" if ax is axes[0] else "")
@@ -187,30 +180,23 @@ def sfo(steps, stars):
     return fig
 
 
-@styled
 def delta(table, event):
     """Draw δ over b at one event: measured with 95 % intervals, and by the formula with measured C² and K, dashed."""
     fig, (ax,) = _panels("How does the degree of smoothing δ depend on the batch size?", 1, 4)
     for name, look, rows in _curves(table):
         _interval(ax, rows, "b", "delta", **look, label=name)
-        known = rows.dropna(subset="delta_formula")
-        ax.plot(known["b"], known["delta_formula"], **look | {"linestyle": "--", "lw": 1, "mfc": "white", "ms": 4})
-        if len(known):
-            at = known["b"].iloc[-1], known["delta_formula"].iloc[-1]
-            ax.annotate("formula", at, (5, 3), textcoords="offset points", color=look["color"], fontsize=7)
+        _dashed(ax, rows, "b", "delta_formula", "formula", look["color"])
     _size_axis(ax, table["b"])
     _log(ax)
-    ax.set(ylabel=f"{label('delta')} at {event}")
+    ax.set_ylabel(f"{label('delta')} at {event}")
     _name_curves(ax)
     return fig
 
 
-@styled
 def omega(table):
     """Draw the parts of E‖ω‖² over training, a panel a curve; the line across a bar is E‖ω‖² as measured."""
     split = table["memory_noise_mean"].notna().any()
     parts = ["fresh", *(("memory_noise", "memory_drift") if split else ("memory",))]
-    parts += ["injected"] if (table["injected_mean"] > 0).any() else []
     fig, axes = _panels("What is the search direction noise ω made of?", table["label"].nunique(), 2.6)
     for ax, (name, _, rows) in zip(axes, _curves(table), strict=True):
         rows = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, 8).round().astype(int))]
@@ -221,66 +207,57 @@ def omega(table):
             bottom = bottom + height
         ax.hlines(rows["noise_square_mean"], x - 0.45, x + 0.45, color="k", lw=1.2)
         ax.set_xticks(x, [f"{step:,}" for step in rows["steps"]], rotation=45 if len(x) > 5 else 0)
-        top = 1.05 * max(bottom.max(), rows["noise_square_mean"].max())
-        ax.set(title=name, xlabel=f"{label('steps')}, b = {rows['b'].iloc[0]}", ylim=(0, top))
+        ax.set(title=name, xlabel=f"{label('steps')}, b = {rows['b'].iloc[0]}")
+        ax.set_ylim(0, 1.05 * max(bottom.max(), rows["noise_square_mean"].max()))
     axes[0].set_ylabel(label("noise_square"))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
-@styled
 def c_squared(table, event, stars):
     """Draw C² over training, and over the batch size drawn at one event; ◇ where b* puts it by the formula.
 
     There is no panel over the batch size where only one was drawn.
     """
     b, several = table["b"].iloc[0], table["batch_size"].nunique() > 1
-    title = "Is C² the same at every batch size and all through training?"
-    fig, axes = _panels(title if several else "Is C² the same all through training?", 1 + several, sharey=True)
+    title = f"Is C² the same {'at every batch size and ' if several else ''}all through training?"
+    fig, axes = _panels(title, 1 + several, sharey=True)
     left, right = axes[0], axes[-1]
     for name, look, rows in _curves(table):
         _interval(right, rows[rows["batch_size"] == b], "steps", "c_squared", **look, label=name)
         if several:
             _interval(left, rows[rows["at_event"]], "batch_size", "c_squared", **look, label=name)
-        if several and len(stars):
-            star = stars[stars["curve"] == rows["curve"].iloc[0]].sort_values("eps").head(1)
-            left.plot(star["b_star"], star["c_squared_from_b_star"], "D", mfc="white", color=look["color"])
-            for at in zip(star["b_star"], star["c_squared_from_b_star"], strict=True):
-                left.annotate("from b*", at, (5, 3), textcoords="offset points", color=look["color"], fontsize=7)
+            for star in stars[stars["curve"] == rows["curve"].iloc[0]][:1].to_dict("records") if len(stars) else ():
+                at = star["b_star"], star["c_squared_from_b_star"]
+                left.plot(*at, "D", mfc="white", color=look["color"])
+                _tag(left, *at, "from b*", look["color"])
     if several:
         sizes = [*table["batch_size"], *(stars["b_star"] if len(stars) else [])]
         _size_axis(left, sizes, f"batch size drawn, at {event}")
-    right.set(xlabel=f"{label('steps')}, b = {b}")
-    left.set(ylabel=label("c_squared"))
+    right.set_xlabel(f"{label('steps')}, b = {b}")
+    left.set_ylabel(label("c_squared"))
     _log(left)
     _name_curves(right)
     return fig
 
 
-@styled
 def smoothing(table, event):
     """Draw the loss that one step's noise adds, of three kinds, and the prediction as a line; ↓ an upper limit."""
     fig, (ax,) = _panels("Which noise smooths the loss?", 1, 4.4)
-    x = np.arange(len(table))
     for i, (kind, (name, marker, color, predicted)) in enumerate(KINDS.items()):
-        at, mean, low, high = x + 0.22 * (i - 1), *(table[f"{kind}_{of}"] for of in ("mean", "low", "high"))
-        known, look = low.isna() | (low > 0), {"fmt": marker, "color": color}
-        error = np.nan_to_num([(mean - low)[known], (high - mean)[known]])
-        ax.errorbar(at[known], mean[known], error, **look, label=name)
-        limit = ~known & (high > 0)  # a logarithmic axis has no zero for the interval to reach
-        ax.errorbar(at[limit], high[limit], 0.6 * high[limit].to_numpy(), uplims=True, mfc="white", **look)
-        ax.hlines(table[f"{predicted}_mean"], at - 0.09, at + 0.09, color="k", lw=1.2, zorder=3)
-    at = x[0] - 0.32, table["excess_predicted_mean"].iloc[0]
-    ax.annotate("predicted", at, ha="right", va="center", fontsize=7)
-    ax.set_xticks(x, table["label"])
-    ax.set(xlim=(-0.9, len(x) - 0.5), ylabel=f"{quantity('excess_real').meaning} (nats)")
-    ax.set(xlabel=f"at {event}, b = {table['b'].iloc[0]}")
+        rows = table.assign(at=np.arange(len(table)) + 0.22 * (i - 1))
+        limit = rows[f"{kind}_low"] <= 0  # a logarithmic axis has no zero for the interval to reach
+        _interval(ax, rows[~limit], "at", kind, fmt=marker, color=color, label=name)
+        ax.plot(rows["at"][limit], rows[f"{kind}_high"][limit], ls="", marker=r"$\downarrow$", ms=8, color=color)
+        ax.hlines(rows[f"{predicted}_mean"], rows["at"] - 0.09, rows["at"] + 0.09, color="k", lw=1.2, zorder=3)
+    ax.set_xticks(np.arange(len(table)), table["label"])
+    ax.set(xlim=(-0.6, len(table) - 0.4), ylabel=f"{quantity('excess_real').meaning} (nats)")
+    ax.set_xlabel(f"at {event}, b = {table['b'].iloc[0]}")
     _log(ax)
     ax.legend()
     return fig
 
 
-@styled
 def predictors(points):
     """Draw accuracy over each predictor, four at most: the settings that fit, the same in each panel."""
     names = [name for name in PREDICTORS if points[f"{name}_mean"].notna().any()]
@@ -291,7 +268,7 @@ def predictors(points):
             injected = rows["label"].str.contains("inject")
             for part, more in ((rows[~injected], {"label": optimizer.upper()}), (rows[injected], {"mfc": "white"})):
                 _interval(ax, part, f"{name}_mean", "accuracy", **look, **more)
-        ax.set(xlabel=PREDICTORS[name])
+        ax.set_xlabel(PREDICTORS[name])
         _log(ax, "x")
     axes[0].set_ylabel(f"test {label('accuracy')}")
     _name_curves(axes[-1])

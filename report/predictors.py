@@ -22,13 +22,12 @@ def trajectories(runs):
     rows = rows[(rows["batchnorm"] == rows["batchnorm"].max()) & (rows["epoch"] >= 1)]  # eval < train
     table = longest(runs).set_index(POINT).join(fits(curves))
     end = table["fit"].fillna(table["steps"]).rename("end")
-    late = pd.concat([curves, records.measurements(runs)]).reindex(columns=list({*curves, "accuracy_recalibrated"}))
-    late = late.groupby([*POINT, "steps"])[["accuracy", "accuracy_recalibrated", "training_acc"]].first()
+    late = pd.concat([curves, records.measurements(runs)]).groupby([*POINT, "steps"])
+    late = late[["accuracy", "accuracy_recalibrated", "training_acc"]].first()
     recalibrated = late["accuracy_recalibrated"].groupby(POINT).count() > 0  # there is BatchNorm
     late = late.dropna(subset="accuracy").reset_index("steps").join(end)
-    late = late[(late["steps"] >= 0.9 * late["end"]) & (late["steps"] <= late["end"])].groupby(POINT).mean()
-    rows = rows.join(end, on=POINT)
-    rows = rows[rows["steps"] <= rows["end"]]
+    late = late[late["steps"].between(0.9 * late["end"], late["end"])].groupby(POINT).mean()
+    rows = rows.join(end, on=POINT).query("steps <= end")
 
     def of(name, how="mean"):
         return measured(rows, name).groupby(POINT)[name].agg(how).reindex(table.index)

@@ -25,6 +25,7 @@ NORMS = "gradient_norms.f32"
 EXACT = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # of what pandas 3 does anyway
 # What runs of one curve over b have in common, and what tells a run, in the rows of all three frames.
 CURVE = ["setting", "label", "curve", "optimizer", "lr", "beta1"]
+EVALUATED = ["accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated"]
 RUN = [*CURVE, "b", "seed", "run", "mode", "status", "full_grad_batchsize"]
 
 
@@ -107,7 +108,7 @@ def measurements(runs):
 
     batch_size: that of the mini-batches drawn; b: that of training.
     """
-    return _rows(runs, "measurements.csv", [*INDEX, *columns(*MEASURED), "accuracy", "test_loss"])
+    return _rows(runs, "measurements.csv", [*INDEX, *columns(*MEASURED), *EVALUATED])
 
 
 def _rows(runs, name, declared):

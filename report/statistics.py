@@ -5,6 +5,7 @@ import pandas as pd
 from scipy import stats
 
 from arguments import OPTIMIZERS
+from report import records
 from report.records import CURVE
 
 POINT = ["curve", "b", "seed"]  # a trajectory
@@ -12,9 +13,17 @@ PLACE = [*POINT, "batchnorm", "steps", "batch_size", "layer"]  # where on it som
 FIT = 0.01  # a run fits its data after the first epoch whose mean training loss is below this
 MEASUREMENT = [*CURVE, "b", "full_grad_batchsize", "batchnorm", "steps", "epoch"]  # what seeds are averaged at
 
-# What the error of one seed is of, where it is not of every draw: as many random vectors; one value in so many draws.
+# What the error of one seed is of, where it is not of every draw: as many random vectors, whatever the draws; or one
+# value in so many draws, as pairs, or vectors that are taken with their mirror images.
 VECTORS = {"hessian_trace": 16, "average_sharpness": 16, "batch_sharpness": 32}
-DRAWS_EACH = {"excess_predicted": 2, "excess_predicted_isotropic": 2, "augmentation_variance": 4}
+DRAWS_EACH = {"excess_predicted": 2, "excess_gaussian": 2, "excess_isotropic": 2, "augmentation_variance": 4}
+
+
+def _values(name, draws):
+    """Return of how many independent values the error of one seed is."""
+    if name == "excess_predicted_isotropic":  # of pairs and of the 16 vectors of a trace: the fewer
+        return (draws // 2).clip(upper=16)
+    return VECTORS.get(name, draws // DRAWS_EACH.get(name, 1))
 
 
 def longest(runs):
@@ -48,6 +57,17 @@ def own(rows):
     return rows[(rows["layer"] == "all") & (rows["batch_size"] == rows["b"])]
 
 
+def evaluations(runs):
+    """Return the rows of metrics.csv with a test accuracy, each step of a trajectory once.
+
+    accuracy_recalibrated, test_loss_recalibrated: from measurements.csv where metrics.csv has none.
+    """
+    at = [*POINT, "steps"]
+    rows = records.curves(runs).dropna(subset="accuracy").drop_duplicates(at).set_index(at)
+    more = records.measurements(runs).groupby(at)[["accuracy_recalibrated", "test_loss_recalibrated"]].first()
+    return rows.fillna(more).reset_index()
+
+
 def over_seeds(rows, key, quantities):
     """Return one row a `key`, rows in which a seed stands once: seeds, draws, and of each quantity six.
 
@@ -65,8 +85,7 @@ def over_seeds(rows, key, quantities):
         error, freedom = values.std() / np.sqrt(count), count - 1
         if f"{name}_se" in rows:
             error = error.where(count > 1, groups[f"{name}_se"].first())
-            values_of_one = VECTORS.get(name, table["draws"] // DRAWS_EACH.get(name, 1))
-            freedom = freedom.where(count > 1, values_of_one - 1)
+            freedom = freedom.where(count > 1, _values(name, table["draws"]) - 1)
         half = error * stats.t.ppf(0.975, freedom.where(freedom > 0))
         mean = values.mean()
         found = {"mean": mean, "min": values.min(), "max": values.max(), "se": error}

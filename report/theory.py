@@ -5,21 +5,7 @@ gradient; k: K, bound of the full gradient's norm. Source: section 3 of the pape
 Every argument but the optimizer's name and β may be an array. NaN for an optimizer without a formula.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
-
-
-class Formula(NamedTuple):
-    """Three functions of β: E‖ω‖² by variance · C²/b + gradient · K², and b* > critical · ηC²/ε².
-
-    SGD's and SHB's δ are bounds. NSHB's is a formula and no bound: it has no term for the memory.
-    """
-
-    variance: Callable
-    gradient: Callable
-    critical: Callable
 
 
 def beta_hat(beta):
@@ -27,14 +13,19 @@ def beta_hat(beta):
     return beta * (beta**2 - beta + 1) / (1 - beta) ** 2
 
 
-# One entry an optimizer. The factors of b* for SHB (singular at β = 0) and NSHB are derived: they give every published
-# C² from a power of two, and the squares of the published figure.
+# One entry an optimizer, three functions of β: E‖ω‖² by 1st · C²/b + 2nd · K², and b* > 3rd · ηC²/ε². SGD's and SHB's
+# δ are bounds. NSHB's is a formula and no bound: it has no term for the memory. The factors of b* for SHB (singular at
+# β = 0) and NSHB are derived: they give every published C² from a power of two, and the published figure's squares.
 FORMULAS = {
-    "sgd": Formula(lambda β: 1.0, lambda β: 0.0, lambda β: 1.0),
-    "shb": Formula(lambda β: 1 + beta_hat(β), beta_hat, lambda β: beta_hat(β) / β**2 if β else np.nan),
-    "nshb": Formula(lambda β: 1 / (1 - β), lambda β: 0.0, lambda β: 1 / (1 - β)),
+    "sgd": (lambda β: 1.0, lambda β: 0.0, lambda β: 1.0),
+    "shb": (lambda β: 1 + beta_hat(β), beta_hat, lambda β: beta_hat(β) / β**2 if β else np.nan),
+    "nshb": (lambda β: 1 / (1 - β), lambda β: 0.0, lambda β: 1 / (1 - β)),
 }
-NONE = Formula(*[lambda β: np.nan] * 3)
+
+
+def _factors(optimizer, beta):
+    """Return the three factors of an optimizer, NaN without a formula."""
+    return [factor(beta) for factor in FORMULAS.get(optimizer, [lambda β: np.nan] * 3)]
 
 
 def delta(optimizer, lr, b, c_squared, k=0.0, beta=0.0):
@@ -44,8 +35,8 @@ def delta(optimizer, lr, b, c_squared, k=0.0, beta=0.0):
     shb   η √((1 + β̂) C²/b + β̂ K²)
     nshb  η √(C²/((1 − β) b))
     """
-    formula = FORMULAS.get(optimizer, NONE)
-    return lr * np.sqrt(formula.variance(beta) * c_squared / b + formula.gradient(beta) * np.square(k))
+    variance, gradient, _ = _factors(optimizer, beta)
+    return lr * np.sqrt(variance * c_squared / b + gradient * np.square(k))
 
 
 def deltas(rows, c_squared, k):
@@ -56,9 +47,19 @@ def deltas(rows, c_squared, k):
 
 def critical_batch_size(optimizer, lr, c_squared, eps, beta=0.0):
     """Return the lower bound of b*: ηC²/ε², for SHB times (β² − β + 1)/(β (1 − β)²), for NSHB times 1/(1 − β)."""
-    return FORMULAS.get(optimizer, NONE).critical(beta) * lr * c_squared / np.square(eps)
+    return _factors(optimizer, beta)[2] * lr * c_squared / np.square(eps)
 
 
 def c_squared(optimizer, lr, b_star, eps, beta=0.0):
     """Return the C² at which that bound equals a measured b*: the paper's estimate of C²."""
-    return b_star * np.square(eps) / (lr * FORMULAS.get(optimizer, NONE).critical(beta))
+    return b_star * np.square(eps) / (lr * _factors(optimizer, beta)[2])
+
+
+def thresholds(optimizer, lr, beta=0.0):
+    """Return 2(1 − β)/η and 2(1 + β)/η, where batch sharpness is said to settle with small and large b; SGD: 2/η.
+
+    η is as in SHB: NSHB's is η(1 − β). NaN for other optimizers. Source: arXiv 2604.14108.
+    """
+    beta = 0.0 if optimizer == "sgd" else beta
+    eta = lr * {"sgd": 1.0, "shb": 1.0, "nshb": 1 - beta}.get(optimizer, np.nan)
+    return 2 * (1 - beta) / eta, 2 * (1 + beta) / eta

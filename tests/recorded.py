@@ -10,9 +10,9 @@ from measure.quantities import INDEX, MEASURED, columns
 
 METRICS = [
     *("steps", "epoch", "training_loss", "training_acc", "g-norm", "min_g-norm", "max_g-norm", "ave-norm"),
-    *("accuracy", "test_loss", "seconds"),
+    *("accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated", "seconds"),
 ]
-MEASUREMENTS = [*INDEX, *columns(*MEASURED), "accuracy", "test_loss"]
+MEASUREMENTS = [*INDEX, *columns(*MEASURED), "accuracy", "test_loss", "accuracy_recalibrated"]
 
 
 def record(runs, flags, steps, /, *, metrics=(), measured=(), norms=None, status="finished", results=(), **unknown):
