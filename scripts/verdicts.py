@@ -110,7 +110,7 @@ def verdicts(mlp, softmax):
     return table.assign(significant=holm(table["p"].to_numpy()))
 
 
-@plots.styled  # saving draws
+@plots.styled()  # saving draws
 def main(argv):
     """Write the tables. Returns the exit status. UserError."""
     parser = Parser(prog="scripts/verdicts.py", description=__doc__)
