@@ -20,6 +20,10 @@ def draw(loader: DataLoader, m: int, generator: torch.Generator) -> Iterator[Bat
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(f"draws need a DataLoader, which can be passed over again, got {type(loader).__name__}")
+    if loader.persistent_workers or loader.generator is not None:
+        raise ValueError(
+            "draws need a loader of their own, without persistent_workers and generator: drawing moves both"
+        )
     sampler = loader.batch_sampler if loader.batch_sampler is not None else loader
     if isinstance(getattr(sampler, "sampler", None), SequentialSampler):
         raise ValueError("draws need a loader that shuffles, got one that gives the same first batch every time")

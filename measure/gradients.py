@@ -39,8 +39,9 @@ class Objective:
     ):
         model = getattr(model, "_orig_mod", model)  # what torch.compile makes has no second derivative
         self.model, self.loss, self.training, self.between = model, loss, training, between
-        if getattr(loss, "reduction", "mean") != "mean":
-            raise ValueError(f"the loss must be the mean over the batch, got reduction={loss.reduction!r}")
+        options = {"reduction": getattr(loss, "reduction", "mean")} | getattr(loss, "keywords", {})
+        if options["reduction"] != "mean" or getattr(loss, "weight", options.get("weight")) is not None:
+            raise ValueError(f"the loss must be the plain mean over the batch, got {loss}")
         self.params = params or [p for p in model.parameters() if p.requires_grad]
         others = {str(p.dtype) for p in self.params} - {"torch.float32", "torch.float64"}
         if others or not self.params:

@@ -77,11 +77,11 @@ def learning_rates(optimizer: Optimizer) -> dict[Tensor, float]:
     return {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
 
-def memory_noise_standing_still(n: int, b: int, step: int, beta: float, w: float = 1.0) -> float:
+def memory_noise_standing_still(n: int, b: int, step: int, beta: float, weight: float = 1.0) -> float:
     """E‖noise of the memory‖²/V_b before the update `step` (from 0), if the weights had stood still (ours).
 
     Batches of b of n images, n in the last of an epoch if b does not divide it, each image once an epoch. The gradient
-    of j steps ago weighs h_j = wβ^j in the memory: w = 1 for SHB, 1 − β for NSHB, ν(1 − β) for QHM. With
+    of j steps ago weighs h_j = weight · β^j in the memory: 1 for SHB, 1 − β for NSHB, ν(1 − β) for QHM. With
     S² = V_b N b/(N − b) the noise is S² Σ_epochs [Σ_j h_j²/b_j − (Σ_j h_j)²/N]: the batches of an epoch are
     anti-correlated, so that it depends on the position in it. ValueError unless b < n and 0 ≤ β < 1.
     """
@@ -90,7 +90,7 @@ def memory_noise_standing_still(n: int, b: int, step: int, beta: float, w: float
     per_epoch = -(-n // b)
     lags = np.arange(1, step + 1)[: 1 + int(np.log(1e-18) / np.log(beta)) if beta else 1]
     epoch, position = np.divmod(step - lags, per_epoch)
-    sizes, h = np.where(position == per_epoch - 1, n - (per_epoch - 1) * b, b), w * beta**lags
+    sizes, h = np.where(position == per_epoch - 1, n - (per_epoch - 1) * b, b), weight * beta**lags
     sums = np.bincount(epoch, h, minlength=1)
     return float(n * b / (n - b) * ((h**2 / sizes).sum() - (sums**2).sum() / n))
 

@@ -118,7 +118,7 @@ QUANTITIES = {
         Q("excess_predicted_isotropic", "η² tr(H) tr(Σ)/(2d)", "nats", "smoothing", "the same, isotropic", OURS, True),
         Q("fluctuation_norm", "√E‖ηφ‖²", "", "smoothing", "length of a step's fresh noise, in the weights", OURS),
         # --- sharpness of the loss of the probe images
-        Q("lambda_max", "λ_max", "", "sharpness", "largest eigenvalue of the Hessian", "Lanczos"),
+        Q("lambda_max", "λ_max", "", "sharpness", "largest eigenvalue of the Hessian, mean of halves", "Lanczos"),
         Q("lambda_max_half1", "", "", "sharpness", "the same on the first half of the images", OURS),
         Q("lambda_max_half2", "", "", "sharpness", "the same on the second half", OURS),
         Q("hessian_trace", "tr H", "", "sharpness", "trace of the Hessian", "Hutchinson 1990", True),

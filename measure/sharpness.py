@@ -40,8 +40,8 @@ def sharpness(
     loss and its Hessian H_B are those of training. delta: length of a random displacement u, isotropic with
     E‖u‖² = delta²; pairs: how many u, 2 or more, each taken with −u. generator: of all that is random. along: vectors
     v, as {name: one tensor a parameter}, whose vᵀHv/‖v‖² is name_curvature; nan for a vector of zeros. Returns numbers
-    named as in measure/quantities.py: λ_max within 0.1 %, nan where ARPACK gives up (H zero or not finite); batch
-    sharpness is nan if all gradients are zero. ValueError for fewer than two batches.
+    named as in measure/quantities.py: λ_max, the mean of the halves', each within 0.1 %, nan where ARPACK gives up (H
+    zero or not finite); batch sharpness is nan if all gradients are zero. ValueError for fewer than two batches.
     """
     at, start = values(objective, halves), isotropic(objective.params, 1.0, generator)
     vectors, along = signs(objective.params, generator), along or {}

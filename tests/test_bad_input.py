@@ -316,8 +316,9 @@ def test_switches_take_what_wandb_s_agents_write(monkeypatch):
     assert parse(["--wandb_mode=online"]).wandb_mode == "online"
 
 
-@pytest.mark.parametrize("words", ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x", "scripts/study.py x",
-                                   "-m scripts.sweep x", "-m scripts.study x", "-m main --lr=0"])  # fmt: skip
+@pytest.mark.parametrize("words", ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x",
+                                   "scripts/verdicts.py x",
+                                   "-m scripts.sweep x", "-m scripts.verdicts x", "-m main --lr=0"])  # fmt: skip
 def test_programs_start_however_python_is_called(words):
     """PYTHONSAFEPATH leaves a script's directory out of Python's path, and -m puts another in."""
     env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1"}

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -102,3 +103,14 @@ def test_holm_s_rule():
     ]
     with pytest.raises(ValueError, match="no run of"):
         verdicts.cell(records.runs("nowhere"), {"label": "SGD"})
+
+
+@pytest.mark.parametrize("folder", ["confirm"])  # of mnist1d it takes twice as long
+def test_the_tables_in_results_are_those_of_their_records(tmp_path, folder):
+    """Byte by byte; the records lie in one archive."""
+    kept = ROOT / "results" / folder
+    with tarfile.open(kept / "runs.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert verdicts.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    for name in ("verdicts", "settings", "predictors"):
+        assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (kept / f"{name}.csv").read_bytes(), name

@@ -20,7 +20,7 @@ from measure.quantities import INDEX, quantity
 from utils import warn
 
 FINISH_LIMIT = 30.0  # seconds that wandb may take to end, once everything else is done
-CONSTANT = {"draws", "injected", "entries", "probe_images"}  # the same at every step of a run
+CONSTANT = {"draws", "entries", "probe_images"}  # the same at every step of a run
 
 
 class Dashboard:

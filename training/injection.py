@@ -35,15 +35,17 @@ class Injection:
         run, args = self.run, self.run.args
         with run.autocast():
             pair = run.data.independent(run.step, args.inject_batchsize, draw)
-            u = smaller_batch_noise(self.objective, pair, self._scale())
+            u = smaller_batch_noise(self.objective, pair, self._scale(draw))
         if args.inject == "isotropic":
             u = isotropic_twin(u, run.data.generator(INJECTING, run.step, draw))
         return u
 
-    def _scale(self) -> float:
+    def _scale(self, draw: int) -> float:
         run, b, smaller = self.run, self.run.args.batchsize, self.run.args.inject_batchsize
         if not self.measured:
-            return scale(run.data.size, b, smaller)
+            epoch_ends = (run.step + 1) % run.steps_per_epoch == 0 and not draw
+            b = run.data.size - (run.steps_per_epoch - 1) * b if epoch_ends else b  # its last batch may be smaller
+            return scale(run.data.size, b, smaller) if b > smaller else 0.0
         epoch = run.step // run.steps_per_epoch
         if self.scale_of_epoch[0] != epoch:
             variances = [variance(self.objective, run.data.draws(run.step, size, DRAWS)) for size in (b, smaller)]

@@ -65,7 +65,8 @@ class Measuring:
 
     def before_step(self) -> None:
         """Take in ∇f(x_t) for --exact_memory K, in the K steps before one to measure at."""
-        if self.memory is None or self.next_after(self.run.step) - self.run.step > self.args.exact_memory:
+        ahead = min(self.next_after(self.run.step), self.run.last)
+        if self.memory is None or ahead - self.run.step > self.args.exact_memory:
             return
         run = self.run
         if self.fed != run.step - 1:
@@ -100,6 +101,7 @@ class Measuring:
         head = {"steps": run.step, "epoch": run.step / run.steps_per_epoch}
         rows = [dict.fromkeys(MEASUREMENTS) | head | row | evaluated for row in rows]
         own = next(row for row in rows if row["batch_size"] == self.args.batchsize)
+        run.results = {key: value for key, value in run.results.items() if key not in MEASUREMENTS}
         run.results |= {key: value for key, value in own.items() if key not in INDEX and value is not None}
         return rows
 
@@ -123,7 +125,8 @@ class Measuring:
                 known["keep"] = kept.append
             with run.autocast():
                 draws = data.draws(run.step, b, args.draws)
-                found[b] = budget(objective, run.optimizer, full, draws, data.size, **known)
+                more = known if b == args.batchsize else {"renamed": known["renamed"]}  # u is made for b alone
+                found[b] = budget(objective, run.optimizer, full, draws, data.size, **more)
             known.pop("keep", None)
         own |= found.pop(args.batchsize, {}) | self._augmentation(objective)
         if self.memory is not None and objective.training and self.fed == run.step - 1:
