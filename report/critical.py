@@ -168,10 +168,13 @@ def _place(grid, whole, best, fit):
 
 
 def _c_squared(star, rows):
-    """Return C² from b*, C² measured at the size b_star and the formula's b* for it."""
+    """Return C² from b*, C² measured at the size b_star and the formula's b* for it, and what the paper has."""
     about, at = (star["optimizer"], star["lr"]), (star["eps"], np.nan_to_num(star["beta1"]))
     names = ("from_b_star", "fit", "fit_low", "fit_high")
     found = {f"c_squared_{k}": theory.c_squared(*about, star[b], *at) for k, b in zip(names, PLACES, strict=True)}
+    paper = published.CONSTANTS.get(star["curve"], {})
+    found["published_b_star"] = paper.get("b_star", {}).get(star["eps"], np.nan)
+    found["published_c_squared"] = paper.get("c_squared", np.nan) if star["eps"] == 0.5 else np.nan
     if rows is not None and len(rows):
         here = own(measured(rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"])], "c_squared"))
         here = here[

@@ -71,7 +71,7 @@ def test_the_layers_within_report():
 def test_sizes():
     lines = {path: path.read_text().count("\n") for path in FILES}
     assert sum(path.parent == ROOT for path in FILES) <= 7
-    assert sum(n for path, n in lines.items() if path in PRODUCT) <= 6500
+    assert sum(n for path, n in lines.items() if path in PRODUCT) <= 6550
     assert sum(n for path, n in lines.items() if path not in PRODUCT) <= 7500
     assert (ROOT / "README.md").read_text().count("\n") <= 100
 
