@@ -234,6 +234,13 @@ def write(runs, out, kind="png", min_epochs=None):
     return "\n".join(lines)
 
 
+def save(figure, path):
+    """Write a Figure as png or pdf, whole or not at all. The same figure is the same file: no date, no version."""
+    undated = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
+    with replacing(path) as image:
+        figure.savefig(image, format=path.suffix[1:], dpi=150, metadata=undated)
+
+
 def _parts(made, drawn, out, slug, kind):
     """Write the tables `made` and the figures `drawn`. Returns the lines of the page about them."""
     lines = []
@@ -242,9 +249,7 @@ def _parts(made, drawn, out, slug, kind):
         if name in drawn or (name in COLUMNS and len(table)):
             lines += [f"### {name.replace('_', ' ')}", ""]
         if name in drawn:
-            undated = {"CreationDate": None} if kind == "pdf" else {"Software": None}  # the same figure: the same file
-            with replacing(out / f"{file}.{kind}") as image:
-                drawn[name].savefig(image, format=kind, dpi=150, metadata=undated)
+            save(drawn[name], out / f"{file}.{kind}")
             lines += [f"![{drawn[name].get_suptitle()}]({file}.{kind})", ""]
         if name in drawn or (name == "power" and len(table)):
             lines += [CAPTIONS[name], ""]

@@ -119,7 +119,8 @@ run() { # FOLDER SEEDS PART…: the runs of these parts, and the tables and figu
         [[ $part == cifar100 ]] && runs=$results/runs folder=$results part=.
         ${parts_of[$part]-$part}
         echo "$part: $(((SECONDS - began) / 60)) minutes"
-        [[ $part == arms || $part == cells ]] || $dry "$python" figures.py "$runs" --out "$folder/$part" || status=1
+        # These are for the verdicts alone, which draw what they need.
+        [[ $part == arms || $part == cells || $part == confirm ]] || $dry "$python" figures.py "$runs" --out "$folder/$part" || status=1
     done
 }
 declare -A parts_of=([.]=cifar100)

@@ -14,7 +14,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from arguments import Parser, path
-from report import critical, plots, predictors, records
+from report import critical, page, plots, predictors, records
 from report.statistics import level, paired
 from utils import UserError, replacing, say, usable_streams
 
@@ -128,8 +128,7 @@ def main(argv):
     for name, rows in (("verdicts", table), ("settings", points), ("predictors", predictors.table(points))):
         with replacing(args.out / f"{name}.csv") as file:
             file.write(rows.to_csv(index=False, float_format="%.5g").encode())
-    with replacing(args.out / "predictors.png") as image:
-        plots.predictors(points).savefig(image, format="png", dpi=150, metadata={"Software": None})
+    page.save(plots.predictors(points), args.out / "predictors.png")
     print(table.to_string(index=False))
     return 0
 
