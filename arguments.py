@@ -187,30 +187,21 @@ def parse(argv: list[str]) -> Namespace:
 
 def _fill_in(args: Namespace) -> None:
     """Put lists in order, and defaults where they depend on other arguments."""
-    given = getattr(args, "draws", None)
-    if given or args.measure:
+    if args.measure or hasattr(args, "draws"):
         args.measure = [name for name in MEASURES if name == "noise" or name in args.measure]
-    args.draws = given or default_draws(args.measure)
-    args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
-    args.probe_images = getattr(args, "probe_images", default_probe(args))
+    for flag, value in dependent_defaults(args).items():
+        setattr(args, flag, getattr(args, flag, value))
     args.eps = sorted(set(args.eps), reverse=True)
     args.steps.sort()
     args.draw_batchsizes.sort()
 
 
-def default_draws(measure: list[str]) -> int:
-    """Mini-batches drawn where no number is given; 1 is the paper's single one."""
-    return 64 if "shape" in measure else 32 if measure else 1
-
-
-def default_chunk(args: Namespace) -> int:
-    """Images in a chunk of the full gradient where no number is given: the paper's, or all of a smaller data set."""
-    return min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images)
-
-
-def default_probe(args: Namespace) -> int:
-    """Images to look at the loss of where no number is given."""
-    return min(PROBE_IMAGES, DATASETS[args.dataset].train_images)
+def dependent_defaults(args: Namespace) -> dict:
+    """The defaults that depend on other arguments: the paper's, but of images no more than there are."""
+    images = DATASETS[args.dataset].train_images
+    draws = 64 if "shape" in args.measure else 32 if args.measure else 1
+    limited = {"full_grad_batchsize": FULL_GRAD_BATCHSIZE, "probe_images": PROBE_IMAGES}
+    return {"draws": draws} | {flag: min(usual, images) for flag, usual in limited.items()}
 
 
 def measures(args: Namespace) -> bool:
@@ -296,8 +287,7 @@ def _default_name(args: Namespace) -> str:
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
     parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
-    default = defaults() | {"draws": default_draws(args.measure)}
-    default |= {"full_grad_batchsize": default_chunk(args), "probe_images": default_probe(args)}
+    default = defaults() | dependent_defaults(args)
     for key in (action.dest for action in build_parser()._actions if action.dest in relevant):
         value = relevant[key]
         if key not in (*usual, *added_later) and value != default[key]:

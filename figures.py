@@ -17,7 +17,7 @@ except ValueError:  # MPLBACKEND names a backend that it does not know; figures 
 
 from arguments import WHOLE
 from report import page, records
-from utils import Parser, UserError, one_of, path, replacing, say, usable_streams
+from utils import Parser, UserError, as_command, one_of, path, replacing
 
 
 def build_parser() -> Parser:
@@ -57,9 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    usable_streams()
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        say("error", error)
-        sys.exit(2)
+    as_command(main)
