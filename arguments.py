@@ -49,10 +49,8 @@ OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "ful
 def run_name(text: str) -> str:
     """A converter for the name of a run, an account or a project."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
-        raise argparse.ArgumentTypeError(
-            f"got {text[:40]!r}, allowed are up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, "
-            "digit or _ in front"
-        )
+        allowed = "up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, digit or _ in front"
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, allowed are {allowed}")
     return text
 
 
@@ -102,10 +100,7 @@ def _add_experiment(add: Callable) -> None:
     add("--batchsize", type=COUNT, default=8, metavar="B", help="images a step")
     add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb, nshb and qhm")
     add("--nu", type=SHARE, default=0.5, help="qhm: weight of the momentum; 0 is sgd, 1 is nshb")
-    injected = (
-        "adds noise to each gradient: with the covariance of batches of --inject_batchsize, or as long, isotropic"
-    )
-    add("--inject", **one_of(*INJECTED), help=injected)
+    add("--inject", **one_of(*INJECTED), help="adds noise as that of batches of --inject_batchsize, or isotropic")
     add("--inject_batchsize", type=COUNT, metavar="B", help="smaller than --batchsize")
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
@@ -115,30 +110,23 @@ def _add_experiment(add: Callable) -> None:
 
 
 def _add_measuring(add: Callable) -> None:
-    every = "normal, critical: measure ω at step 0, once in every E epochs, and at the end"
-    add("--measure_every", type=POSITIVE, metavar="E", help=every)
-    what = "beyond ω of one mini-batch, which the paper measures"
-    add("--measure", **one_of(*MEASURES), nargs="+", default=[], help=what)
+    add("--measure_every", type=POSITIVE, metavar="E", help="measure ω first, once in every E epochs, and at the end")
+    add("--measure", **one_of(*MEASURES), nargs="+", default=[], help="beyond the paper's ω of one mini-batch")
     draws = "mini-batches for --measure (default: 32, or 64 for shape); alone it means --measure noise"
     add("--draws", type=DRAWS, default=argparse.SUPPRESS, metavar="M", help=draws)
-    sizes = "further batch sizes to draw, for C²"
-    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help=sizes)
-    modes = "BatchNorm's mode in measuring, one or both"
-    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help=modes)
+    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help="more batch sizes to draw, for C²")
+    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help="BatchNorm's modes")
     chunk = f"chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
     add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
     probe = f"images whose loss smoothing and sharpness look at (default: {PROBE_IMAGES}, or all if fewer)"
     add("--probe_images", type=DRAWS, default=argparse.SUPPRESS, metavar="N", help=probe)
+    add("--recalibrate", action="store_true", help="normal: also test with BatchNorm's statistics recomputed")
     memory = "splits the memory by the full gradients of the last K steps, each a full pass"
-    again = "normal: also test with BatchNorm's statistics recomputed, at every evaluation"
-    add("--recalibrate", action="store_true", help=again)
     add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
 
 
 def _add_machine(add: Callable) -> None:
-    precisions = (
-        "default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast"
-    )
+    precisions = "default: PyTorch's, as the paper (TF32 on CUDA); ieee: float32 throughout; bf16: autocast"
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
     add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")

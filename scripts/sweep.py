@@ -153,13 +153,6 @@ def pick_gpus(chosen: list[str] | None) -> list[str]:
     return usual if chosen is None else chosen
 
 
-def pick_slots(own: argparse.Namespace, runs: list[Run]) -> list[str | None]:
-    """The GPU of each slot, or None where runs are forked: on a CPU, unless the system's libraries forbid it."""
-    on_cpu = all(run.args.device == "cpu" for run in runs if run.args)
-    gpus = [] if on_cpu and not own.gpus else pick_gpus(own.gpus)
-    return (gpus or [None if sys.platform == "linux" else ""]) * own.jobs_per_gpu
-
-
 def main(argv: list[str]) -> int:
     """Show the plan, carry it out, and show what has become of it. Returns the exit status. UserError, OSError."""
     own, flags = command_line(argv)
@@ -172,7 +165,10 @@ def main(argv: list[str]) -> int:
             raise UserError(f"argument --task: got {own.task}, allowed is 0 to {len(runs) - 1}")
         command = runs[own.task].command
         os.execvp(command[0], command)
-    slots = pick_slots(own, runs)
+    on_cpu = all(run.args.device == "cpu" for run in runs if run.args)
+    gpus = [] if on_cpu and not own.gpus else pick_gpus(own.gpus)
+    # The GPU of each slot. On a CPU runs are forked (None), unless the system's libraries forbid it.
+    slots = (gpus or [None if sys.platform == "linux" else ""]) * own.jobs_per_gpu
     todo = [run for run in runs if run.state in ("new", "unfinished")]
     for run in runs:
         print(f"{run.state:12} {run}", flush=True)

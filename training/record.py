@@ -329,9 +329,8 @@ class Record:
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            raise OSError(
-                f"no checkpoint could be written ({cause}); the one before is kept, if there is one"
-            ) from error
+            reason = f"no checkpoint could be written ({cause}); the one before is kept, if there is one"
+            raise OSError(reason) from error
 
     def load_checkpoint(self) -> dict | None:
         """The newest whole checkpoint, on the CPU, and the growing files cut back to its sizes; None if none.
