@@ -232,6 +232,8 @@ def test_lists_are_in_the_name():
     assert args.name == "sampling-CIFAR100-ResNet18-sgd-b8-lr0.1-steps0+5+100-measurenoise+shape-draws9-seed0"
     assert (parse(["--mode", "sampling", "--measure", "shape"]).draws, args.steps) == (64, [0, 5, 100])
     assert parse(["--mode", "sampling", "--draws", "9"]).measure == ["noise"]
+    args = parse(["--dataset=digits", "--mode=sampling", "--measure=smoothing"])
+    assert (args.full_grad_batchsize, args.probe_images) == (1000, 1437)  # all, where there are fewer than 2,000
 
 
 def test_switches_take_what_wandb_s_agents_write(monkeypatch):
