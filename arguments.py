@@ -49,10 +49,8 @@ OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "ful
 def run_name(text: str) -> str:
     """A converter for the name of a run, an account or a project."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
-        raise argparse.ArgumentTypeError(
-            f"got {text[:40]!r}, allowed are up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, "
-            "digit or _ in front"
-        )
+        allowed = "up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, digit or _ in front"
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, allowed are {allowed}")
     return text
 
 
@@ -102,10 +100,7 @@ def _add_experiment(add: Callable) -> None:
     add("--batchsize", type=COUNT, default=8, metavar="B", help="images a step")
     add("--beta1", type=BETA, default=0.9, metavar="BETA", help="momentum factor of shb, nshb and qhm")
     add("--nu", type=SHARE, default=0.5, help="qhm: weight of the momentum; 0 is sgd, 1 is nshb")
-    injected = (
-        "adds noise to each gradient: with the covariance of batches of --inject_batchsize, or as long, isotropic"
-    )
-    add("--inject", **one_of(*INJECTED), help=injected)
+    add("--inject", **one_of(*INJECTED), help="adds noise as that of batches of --inject_batchsize, or isotropic")
     add("--inject_batchsize", type=COUNT, metavar="B", help="smaller than --batchsize")
     add("--eps", type=POSITIVE, nargs="+", default=[0.5], help="critical: one or more thresholds")
     add("--min_epochs", type=WHOLE, default=11, metavar="N", help="critical: passes before the check starts")
@@ -115,30 +110,23 @@ def _add_experiment(add: Callable) -> None:
 
 
 def _add_measuring(add: Callable) -> None:
-    every = "normal, critical: measure ω at step 0, once in every E epochs, and at the end"
-    add("--measure_every", type=POSITIVE, metavar="E", help=every)
-    what = "beyond ω of one mini-batch, which the paper measures"
-    add("--measure", **one_of(*MEASURES), nargs="+", default=[], help=what)
+    add("--measure_every", type=POSITIVE, metavar="E", help="measure ω first, once in every E epochs, and at the end")
+    add("--measure", **one_of(*MEASURES), nargs="+", default=[], help="beyond the paper's ω of one mini-batch")
     draws = "mini-batches for --measure (default: 32, or 64 for shape); alone it means --measure noise"
     add("--draws", type=DRAWS, default=argparse.SUPPRESS, metavar="M", help=draws)
-    sizes = "further batch sizes to draw, for C²"
-    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help=sizes)
-    modes = "BatchNorm's mode in measuring, one or both"
-    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help=modes)
+    add("--draw_batchsizes", type=COUNT, nargs="+", default=[], metavar="B", help="more batch sizes to draw, for C²")
+    add("--measure_batchnorm", **one_of("train", "eval"), nargs="+", default=["train"], help="BatchNorm's modes")
     chunk = f"chunk of the full gradient, in images (default: {FULL_GRAD_BATCHSIZE}, or all if fewer)"
     add("--full_grad_batchsize", type=COUNT, default=argparse.SUPPRESS, metavar="B", help=chunk)
     probe = f"images whose loss smoothing and sharpness look at (default: {PROBE_IMAGES}, or all if fewer)"
     add("--probe_images", type=DRAWS, default=argparse.SUPPRESS, metavar="N", help=probe)
+    add("--recalibrate", action="store_true", help="normal: also test with BatchNorm's statistics recomputed")
     memory = "splits the memory by the full gradients of the last K steps, each a full pass"
-    again = "normal: also test with BatchNorm's statistics recomputed, at every evaluation"
-    add("--recalibrate", action="store_true", help=again)
     add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
 
 
 def _add_machine(add: Callable) -> None:
-    precisions = (
-        "default: PyTorch's, as the paper (TF32 convolutions on CUDA); ieee: float32 throughout; bf16: autocast"
-    )
+    precisions = "default: PyTorch's, as the paper (TF32 on CUDA); ieee: float32 throughout; bf16: autocast"
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
     add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")
@@ -187,30 +175,21 @@ def parse(argv: list[str]) -> Namespace:
 
 def _fill_in(args: Namespace) -> None:
     """Put lists in order, and defaults where they depend on other arguments."""
-    given = getattr(args, "draws", None)
-    if given or args.measure:
+    if args.measure or hasattr(args, "draws"):
         args.measure = [name for name in MEASURES if name == "noise" or name in args.measure]
-    args.draws = given or default_draws(args.measure)
-    args.full_grad_batchsize = getattr(args, "full_grad_batchsize", default_chunk(args))
-    args.probe_images = getattr(args, "probe_images", default_probe(args))
+    for flag, value in dependent_defaults(args).items():
+        setattr(args, flag, getattr(args, flag, value))
     args.eps = sorted(set(args.eps), reverse=True)
     args.steps.sort()
     args.draw_batchsizes.sort()
 
 
-def default_draws(measure: list[str]) -> int:
-    """Mini-batches drawn where no number is given; 1 is the paper's single one."""
-    return 64 if "shape" in measure else 32 if measure else 1
-
-
-def default_chunk(args: Namespace) -> int:
-    """Images in a chunk of the full gradient where no number is given: the paper's, or all of a smaller data set."""
-    return min(FULL_GRAD_BATCHSIZE, DATASETS[args.dataset].train_images)
-
-
-def default_probe(args: Namespace) -> int:
-    """Images to look at the loss of where no number is given."""
-    return min(PROBE_IMAGES, DATASETS[args.dataset].train_images)
+def dependent_defaults(args: Namespace) -> dict:
+    """The defaults that depend on other arguments: the paper's, but of images no more than there are."""
+    images = DATASETS[args.dataset].train_images
+    draws = 64 if "shape" in args.measure else 32 if args.measure else 1
+    limited = {"full_grad_batchsize": FULL_GRAD_BATCHSIZE, "probe_images": PROBE_IMAGES}
+    return {"draws": draws} | {flag: min(usual, images) for flag, usual in limited.items()}
 
 
 def measures(args: Namespace) -> bool:
@@ -296,8 +275,7 @@ def _default_name(args: Namespace) -> str:
     parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
     parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
     parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
-    default = defaults() | {"draws": default_draws(args.measure)}
-    default |= {"full_grad_batchsize": default_chunk(args), "probe_images": default_probe(args)}
+    default = defaults() | dependent_defaults(args)
     for key in (action.dest for action in build_parser()._actions if action.dest in relevant):
         value = relevant[key]
         if key not in (*usual, *added_later) and value != default[key]:

@@ -6,15 +6,13 @@ textbook  torch.optim.SGD, loss.item() every step, and a DataLoader, of images w
 ours      main.normal and main.critical as they are, records included, but without wandb and evaluation
 
 Each side and round is a process of its own, which times a block of as many steps; the sides take turns. Shown are
-medians over the rounds, also of the ratios, and quartiles; MB is the peak of a process: resident, or reserved on CUDA.
-Any other flag goes to main.py (--device, --cuda_graph).
+medians over the rounds, also of the ratios. Any other flag goes to main.py (--device, --cuda_graph).
 Exit status: 0 all is measured, 1 something is not, 2 bad argument.
 """
 
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -51,8 +49,8 @@ MODES = {
     "critical": ["--mode", "critical", "--min_epochs", "0", "--eps", "1e-9", "2e-9", "3e-9"],
 }
 WARM = 6  # steps before a block: of the textbook's batches, four are ready beforehand
-TABLE = "{:16} {:>5} {:8} {:8} {:>9} {:>19} {:>9} {:>6}  {}"
-HEAD = ("network", "b", "mode", "side", "ms a step", "(quartiles)", "inputs/s", "MB", "ours is as fast")
+TABLE = "{:16} {:>5} {:8} {:8} {:>9} {:>9}  {}"
+HEAD = ("network", "b", "mode", "side", "ms a step", "inputs/s", "ours is as fast")
 
 
 class Clock:
@@ -139,8 +137,8 @@ def random_data(args: Namespace, device: torch.device) -> Data:
     return Data(spec, {"x_train": x, "y_train": y, "x_test": x[:1], "y_test": y[:1]}, device, args.seed)
 
 
-def timed(side: str, argv: list[str], steps: int) -> dict:
-    """Seconds a step over a block of `steps`, peak memory in bytes, and the environment. argv: as main.py's."""
+def timed(side: str, argv: list[str], steps: int) -> float:
+    """Seconds a step over a block of `steps`. argv: as main.py's."""
     with tempfile.TemporaryDirectory() as directory:
         args = arguments.parse([*argv, "--runs_dir", directory])
         device = utils.pick_device(args.device)
@@ -149,92 +147,63 @@ def timed(side: str, argv: list[str], steps: int) -> dict:
         clock = Clock(device, steps)
         with suppress(utils.Stopped):
             SIDES[side](args, random_data(args, device), clock)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else resident
-    seconds = (clock.times[1] - clock.times[0]) / steps
-    return {"seconds_a_step": seconds, "peak_bytes": peak, "environment": utils.environment(device)}
+    return (clock.times[1] - clock.times[0]) / steps
 
 
-def apart(*what) -> dict:
+def apart(*what) -> float:
     """What `timed` finds in a process forked from this one, which has never computed. RuntimeError if it dies."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
         return executor.submit(timed, *what).result()
 
 
-def measure(own: Namespace, flags: list[str], model: str, b: int) -> tuple[list[dict], dict]:
-    """A row for each side and mode, of one network at one batch size; and what ran them."""
+def measure(own: Namespace, flags: list[str], model: str, b: int) -> None:
+    """Print the rows of one network at one batch size: medians over the rounds."""
     dataset = "mnist1d" if models.takes(model, DATASETS["mnist1d"].shape) else "CIFAR100"
     common = ["--dataset", dataset, "--model", model, "--batchsize", str(b), *FIXED, *flags]
-    argv = {mode: [*common, *MODES[mode]] for mode in own.modes}
-    sides = [("bare", own.modes[0])] + [(side, mode) for mode in own.modes for side in ("textbook", "ours")]
-    step = apart("bare", argv[own.modes[0]], 3)["seconds_a_step"]
-    # Whole blocks of the augmentation, or some would pay for one and others not: nothing beside steps that long.
-    whole = max(1, BLOCK // b) if step < own.seconds else 1
-    steps = whole * ceil(own.seconds / step / whole)
-    found = {side: [] for side in sides}
-    for turn in range(own.rounds):
-        for side, mode in sides[:: -1 if turn % 2 else 1]:
-            found[side, mode].append(apart(side, argv[mode], steps))
-    seconds = {side: np.array([one["seconds_a_step"] for one in rounds]) for side, rounds in found.items()}
-    rows = []
-    for side, mode in sides:
-        low, middle, high = np.percentile(seconds[side, mode], (25, 50, 75)).tolist()
-        row = {"model": model, "batchsize": b, "mode": mode, "side": side, "steps": steps, "seconds_a_step": middle}
-        row |= {"quartiles": [low, high], "peak_bytes": max(one["peak_bytes"] for one in found[side, mode])}
-        for other in (sides[0], ("textbook", mode)) if side == "ours" else ():
-            row[f"over_{other[0]}"] = float(np.median(seconds[other] / seconds["ours", mode]))
-        rows.append(row)
-    return rows, found[sides[0]][0]["environment"]
-
-
-def line(row: dict) -> str:
-    """A row as it is shown."""
-    middle, low, high = (f"{1e3 * seconds:.4g}" for seconds in (row["seconds_a_step"], *row["quartiles"]))
-    speed, memory = round(row["batchsize"] / row["seconds_a_step"]), round(row["peak_bytes"] / 1e6)
-    ratios = ", ".join(f"{row[key]:.2f} × {key[5:]}" for key in row if key.startswith("over_"))
-    where = (row[key] for key in ("model", "batchsize", "mode", "side"))
-    return TABLE.format(*where, middle, f"({low}-{high})", speed, memory, ratios)
+    for mode in own.modes:
+        argv = [*common, *MODES[mode]]
+        step = apart("bare", argv, 3)
+        # Whole blocks of the augmentation, or some would pay for one and others not: nothing beside steps that long.
+        whole = max(1, BLOCK // b) if step < own.seconds else 1
+        steps = whole * ceil(own.seconds / step / whole)
+        seconds = {side: [] for side in SIDES}
+        for turn in range(own.rounds):
+            for side in list(SIDES)[:: -1 if turn % 2 else 1]:
+                seconds[side].append(apart(side, argv, steps))
+        for side, each in seconds.items():
+            middle, ratio = np.median(each), np.median(np.array(each) / seconds["ours"])
+            row = (model, b, mode, side, f"{1e3 * middle:.4g}", round(b / middle), f"{ratio:.2f}")
+            print(TABLE.format(*row), flush=True)
 
 
 def command_line(argv: list[str]) -> tuple[Namespace, list[str]]:
     """The arguments, and the flags for main.py, which checks them. Raises UserError."""
-    whole = utils.number(int, "a whole number of at least 1", lambda v: v >= 1)
-    positive = utils.number(float, "a finite number above 0", lambda v: v > 0)
     form = argparse.RawDescriptionHelpFormatter
     parser = utils.Parser(allow_abbrev=False, description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--models", nargs="+", **utils.one_of(*models.NETWORKS), default=["MLP", "ResNet20"])
-    add("--batchsizes", nargs="+", type=whole, metavar="B", help="default: 8 32 128 1024 of MLP, else 8 128")
+    add("--batchsizes", nargs="+", type=arguments.COUNT, metavar="B", help="default: 8 32 128 1024 of MLP, else 8 128")
     add("--modes", nargs="+", **utils.one_of(*MODES), default=list(MODES))
-    add("--seconds", type=positive, default=0.5, help="of a block, at least (default: 0.5)")
-    add("--rounds", type=whole, default=7, help="blocks of each side (default: 7)")
-    add("--out", type=utils.path, default=Path("bench.json"), metavar="FILE", help="where the JSON goes")
+    add("--seconds", type=arguments.POSITIVE, default=0.5, help="of a block, at least (default: 0.5)")
+    add("--rounds", type=arguments.COUNT, default=7, help="blocks of each side (default: 7)")
     return parser.parse_known_args(argv)
 
 
 def run(argv: list[str]) -> int:
-    """Measure, print and write what the arguments ask for. Returns the exit status. Raises UserError, OSError."""
+    """Measure and print what the arguments ask for. Returns the exit status. Raises UserError, OSError."""
     own, flags = command_line(argv)
     arguments.parse(flags)  # a bad flag is said once, and not by every side
-    content = {"environment": None, "arguments": argv, "rows": [], "failed": []}
     print(TABLE.format(*HEAD))
+    status = 0
     for model in own.models:
         for b in own.batchsizes or ([8, 32, 128, 1024] if model == "MLP" else [8, 128]):
             try:
-                rows, content["environment"] = measure(own, flags, model, b)
-                content["rows"] += rows
-                print(*map(line, rows), sep="\n", flush=True)
+                measure(own, flags, model, b)
             except RuntimeError as error:  # out of memory, or a process killed: the rest goes on
-                content["failed"].append(f"{model} b={b}: {error}")
-                utils.say("warning", f"not measured: {content['failed'][-1]}")
-            utils.write_json(own.out, content)  # so that what is measured outlives whatever comes
-    return int(bool(content["failed"]))
+                utils.say("warning", f"not measured: {model} b={b}: {error}")
+                status = 1
+    return status
 
 
 if __name__ == "__main__":
-    utils.usable_streams()
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except (utils.UserError, OSError) as error:
-        utils.say("error", error)
-        sys.exit(2)
+    utils.as_command(run)

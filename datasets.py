@@ -87,9 +87,8 @@ def read_cached(make: Callable, name: str, spec: Spec, data_dir: Path) -> dict[s
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
         check(arrays, spec)
     except Exception as error:  # whatever garbage in a file brings about
-        raise UserError(
-            f"argument --data_dir: {cache} is damaged or not ours ({error}); delete it, and the next run makes it anew"
-        ) from error
+        what = f"{cache} is damaged or not ours ({error})"
+        raise UserError(f"argument --data_dir: {what}; delete it, and the next run makes it anew") from error
     return arrays
 
 

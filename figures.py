@@ -17,7 +17,7 @@ except ValueError:  # MPLBACKEND names a backend that it does not know; figures 
 
 from arguments import WHOLE
 from report import page, records
-from utils import Parser, UserError, one_of, path, replacing, say, usable_streams
+from utils import Parser, UserError, as_command, one_of, path, replacing
 
 
 def build_parser() -> Parser:
@@ -35,31 +35,23 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Write the page. Returns the exit status. Raises UserError."""
     args = build_parser().parse_args(argv)
-    given = (
-        f"argument RUNS_DIR: got {str(args.runs_dir)!r}, allowed is a directory with at least one run that has ended"
-    )
+    got, allowed = f"argument RUNS_DIR: got {str(args.runs_dir)!r}", "a directory with at least one run that has ended"
     if not args.runs_dir.is_dir():
-        raise UserError(f"{given}; this is no directory")
+        raise UserError(f"{got}, allowed is {allowed}; this is no directory")
     runs = records.runs(args.runs_dir)
     if runs.empty:
-        raise UserError(given)
+        raise UserError(f"{got}, allowed is {allowed}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         text = page.write(runs, args.out, args.format, args.min_epochs)
         with replacing(args.out / "page.md") as file:
             file.write(text.encode())
     except OSError as error:
-        raise UserError(
-            f"argument --out: got {str(args.out)!r}, allowed is a directory to write in ({error})"
-        ) from error
+        allowed = f"a directory to write in ({error})"
+        raise UserError(f"argument --out: got {str(args.out)!r}, allowed is {allowed}") from error
     print(f"written: {args.out / 'page.md'}")
     return 0
 
 
 if __name__ == "__main__":
-    usable_streams()
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        say("error", error)
-        sys.exit(2)
+    as_command(main)

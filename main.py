@@ -105,7 +105,7 @@ def main(args: Namespace) -> int:
     record.claim(data.checksum)
     checkpoint = record.load_checkpoint() if args.resume else None
     signals, status = Signals(), 1
-    with signals.heeded():
+    with handling(signals.remember):
         run = Training(args, data, record, signals)
         if checkpoint:
             run.load(checkpoint)
@@ -114,8 +114,8 @@ def main(args: Namespace) -> int:
         try:
             status = experiment(run)
         finally:
-            signals.forget()
-            record.close(status)
+            with handling(signal.SIG_DFL):  # from here on one ends the process at once
+                record.close(status)
     return status
 
 
@@ -126,7 +126,7 @@ def experiment(run: "Training") -> int:
     except Stopped as stop:
         run.save()
         print(f"stopped after step {run.step}, with a checkpoint; the same command with --resume goes on", flush=True)
-        return 128 + stop.signum
+        return 128 + stop.args[0]
     steps = run.total.steps
     results |= {key: value for key, value in run.results.items() if key not in results}
     results["ave-norm"] = run.total.norm / steps if steps else None

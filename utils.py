@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -73,6 +73,17 @@ def usable_streams() -> None:
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", **options))
 
 
+def as_command(main: Callable[[list[str]], int]) -> NoReturn:
+    """End the process with what `main` makes of its arguments; a user's mistake is one line and exit status 2."""
+    usable_streams()
+    handle(signal.SIG_DFL)  # Ctrl-C: no traceback
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        say("error", error)
+        sys.exit(2)
+
+
 # --- the command line -------------------------------------------------------------------------------------
 
 SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
@@ -93,37 +104,47 @@ class Parser(argparse.ArgumentParser):
     def _usual(self, word: str) -> str | None:
         name, equals, value = word.partition("=")
         name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
-        switch = name in self._option_string_actions and self._option_string_actions[name].nargs == 0
-        if switch and value.lower() in ("true", "false"):
+        action = self._action(name)
+        if action and action.nargs == 0 and value.lower() in ("true", "false"):
             return name if value.lower() == "true" else None
         return name + equals + value
 
     def error(self, message: str):
         """Called by argparse."""
-        flags = [word for word in self.given if word.startswith("--")]
-        foreign = [flag for flag in flags if flag.partition("=")[0] not in self._option_string_actions]
-        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
+        foreign = [word for word in self.given if word[:2] == "--" and not self._action(word)]
         if message.startswith("the following arguments are required") and foreign:
-            unknown, message = foreign[0], f"unrecognized arguments: {foreign[0]}"
-        elif message.startswith(unknown):
+            message = f"unrecognized arguments: {foreign[0]}"
+        _, unrecognized, words = message.partition("unrecognized arguments: ")
+        if not unrecognized:
             raise UserError(message)
-        hint = self._meant(re.split("=", unknown)[0].lstrip("-")) if unknown[0] == "-" else self._stray(unknown)
+        word = words.split(" ")[0]
+        hint = self._meant(word.partition("=")[0].lstrip("-")) if word[:1] == "-" else self._stray(word)
         raise UserError(f"{message}{hint}; --help lists what is allowed")
 
+    def _action(self, word: str) -> argparse.Action | None:
+        return self._option_string_actions.get(word.partition("=")[0])
+
     def _meant(self, flag: str) -> str:
-        known = [action.dest for action in self._actions]
-        meant = SYNONYMS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
+        meant = SYNONYMS.get(flag) or closest(flag, [action.dest for action in self._actions])
         return f"; did you mean --{meant}?" if meant else ""
 
     def _stray(self, word: str) -> str:
         """What to do about a value that belongs to no flag: too many for the one before it."""
         at = next(i for i, each in enumerate(self.given) if each.startswith(word))
         flags = [each for each in self.given[:at] if each.startswith("--")]
-        flag, equals, value = (flags or [""])[-1].partition("=")
-        nargs = self._option_string_actions[flag].nargs if flag in self._option_string_actions else 0
-        if nargs == "+" and equals:
+        action = self._action(flags[-1]) if flags else None
+        if action is None or action.nargs == 0:
+            return ""
+        flag, equals, value = flags[-1].partition("=")
+        if action.nargs == "+" and equals:
             return f"; several values stand without =: {flag} {value} {word}"
-        return "" if nargs == 0 else f"; {flag} takes one value, and scripts/sweep.sh makes a run for each of several"
+        return f"; {flag} takes one value, and scripts/sweep.sh makes a run for each of several"
+
+
+def closest(word: str, known: list[str]) -> str | None:
+    """The one that may have been meant."""
+    folded = {name.lower(): name for name in known}
+    return next((folded[name] for name in difflib.get_close_matches(word.lower(), folded, 1)), None)
 
 
 def one_of(*allowed: str) -> dict:
@@ -131,9 +152,8 @@ def one_of(*allowed: str) -> dict:
 
     def convert(text: str):
         if text not in allowed:
-            folded = {name.lower(): name for name in allowed}
-            meant = difflib.get_close_matches(text.lower(), folded, 1)
-            hint = f"; did you mean {folded[meant[0]]}?" if meant else ""
+            meant = closest(text, allowed)
+            hint = f"; did you mean {meant}?" if meant else ""
             raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}{hint}")
         return text
 
@@ -218,8 +238,7 @@ def pick_device(name: str):
     """The torch.device called `name`; `auto` is CUDA or the CPU. UserError if this machine does not have it."""
     import torch
 
-    available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available += ["cpu"]
+    available = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     device = torch.device(available[0] if name == "auto" else "cuda:0" if name == "cuda" else name)
     if str(device) not in available:
         raise UserError(f"argument --device: got {name!r}, this machine has {', '.join(available)}")
@@ -289,7 +308,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 # --- signals ------------------------------------------------------------------------------------------------
 
-
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -316,30 +334,17 @@ def handling(handler: Callable):
 
 
 class Stopped(Exception):
-    """A signal to stop came; `signum` says which."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
+    """A signal to stop came: the number of the signal is the argument."""
 
 
 class Signals:
     """Remembers the first signal to stop until `check` is called; a second one ends the process at once."""
 
-    def __init__(self):
-        self.signum = None
+    signum = None
 
-    def heeded(self):
-        """The context in which they are remembered."""
-        return handling(self._remember)
-
-    def _remember(self, signum, frame):
+    def remember(self, signum, frame):
+        """The handler."""
         self.signum = signum
-        self.forget()
-
-    @staticmethod
-    def forget() -> None:
-        """From here on a signal ends the process at once."""
         handle(signal.SIG_DFL)
 
     def check(self) -> None:

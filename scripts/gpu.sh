@@ -4,7 +4,7 @@
 #   scripts/gpu.sh [DIR]      # default: results/gpu
 #
 # tests      tests/test_cuda.py, to DIR/tests.log
-# speed      bench.py, eager and with --cuda_graph, to DIR/bench.json and DIR/bench_cuda_graph.json
+# speed      bench.py, eager and with --cuda_graph, to DIR/bench.log and DIR/bench_cuda_graph.log
 # published  SHB, ResNet18, CIFAR-100, b = 1024, steps to ε = 1.0, 0.7, 0.5, in DIR/runs; with --cuda_graph if the tests
 #            passed; beside the published 5,314, 9,599 and 15,982 steps
 #
@@ -49,8 +49,8 @@ part() { # NAME COMMAND…: run it for at most MINUTES; the log, and the mark th
 
 part tests -m pytest -o addopts= -p no:cacheprovider -q tests/test_cuda.py && graph=--cuda_graph
 bench=(bench.py --models ResNet18 --batchsizes 8 32 128 1024 --modes normal --device cuda)
-part bench "${bench[@]}" --out "$out/bench.json"
-part bench_cuda_graph "${bench[@]}" --cuda_graph --out "$out/bench_cuda_graph.json"
+part bench "${bench[@]}"
+part bench_cuda_graph "${bench[@]}" --cuda_graph
 published=(--mode critical --optimizer shb --batchsize 1024 --eps 1.0 0.7 0.5 --name published --resume)
 part published main.py "${published[@]}" ${graph-} --device cuda --data_dir "$data" --runs_dir "$out/runs"
 exit $status

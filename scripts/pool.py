@@ -47,10 +47,7 @@ def load() -> None:
 
     Once OpenMP has computed with two threads, a forked child that does so too hangs; nor may wandb's threads run.
     """
-    ours = [
-        f"{file.parent.name}.{file.stem}" for room in ("measure", "training") for file in ROOT.glob(f"{room}/[!_]*.py")
-    ]
-    for name in ("torch._dynamo", "main", "shb", *ours):  # any optimizer of torch loads _dynamo, in a second
+    for name in ("torch._dynamo", "main", "training.loop"):  # any optimizer of torch loads _dynamo, in a second
         importlib.import_module(name)
 
 

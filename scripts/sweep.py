@@ -1,6 +1,6 @@
 """The paper's grid: one main.py run for each optimizer, batch size and seed, side by side on the GPUs there are.
 
-A list is one word, in quotes: --batchsizes "64 128". Any flag that is not listed here goes to main.py, for every run.
+A list is --batchsizes "64 128" or 64 128. Any flag that is not listed here goes to main.py, for every run.
 What an optimizer does not take, as SGD no β, is dropped for it, and points that become one run are made once. Each
 run logs to RUNS_DIR/NAME.log. Ctrl-C (or SIGTERM) lets every run write its checkpoint; the same command goes on from
 there and skips what is finished. PYTHON names the interpreter. For several runs at a time on a CPU set
@@ -13,10 +13,8 @@ import itertools
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +23,7 @@ from pool import Run, last_words, work
 
 from arguments import EXIT_STATUS, parse, takes
 from training.record import read_summary, run_state
-from utils import Parser, UserError, handle, number, say, usable_streams
+from utils import Parser, UserError, as_command, number
 
 # The grid: flags of main.py with their usual values, the last flag's varying fastest. Here each may have an s at its
 # end. Without values it is not swept: main.py's default then holds for every run.
@@ -54,7 +52,7 @@ def command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("mode", help="normal, critical or sampling; it comes first")
     for flag, values in LISTS.items():
-        options = {"type": words, "nargs": "+", "action": "append", "metavar": "LIST"}
+        options = {"type": words, "nargs": "+", "action": "extend", "default": [], "metavar": "LIST"}
         add(f"--{flag}s", f"--{flag}", **options, help=f"default: {values or 'none, not swept'}")
     add("--gpus", type=words, metavar="LIST", help="default: CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists")
     add("--jobs_per_gpu", type=few, default=1, metavar="N", help="on a CPU: in all; default: 1")
@@ -65,11 +63,7 @@ def command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if own.mode != argv[0]:
         raise UserError(f"argument mode: got {argv[0]!r} in its place, allowed are normal, critical, sampling")
     for flag in LISTS:
-        given = list(itertools.chain(*getattr(own, f"{flag}s") or []))  # a list for each word
-        if len(given) > 1:
-            quoted = " ".join(itertools.chain(*given))
-            raise UserError(f'argument --{flag}s: got {len(given)} words, a list is one: --{flag}s "{quoted}"')
-        setattr(own, f"{flag}s", given[0] if given else [])
+        setattr(own, f"{flag}s", [*itertools.chain(*getattr(own, f"{flag}s"))])  # of the lists in each word
     for flag in {"--mode", "--name", "--resume"} & {word.partition("=")[0] for word in flags}:
         raise UserError(f"argument {flag}: the sweep sets it for each run")
     return own, flags
@@ -159,13 +153,6 @@ def pick_gpus(chosen: list[str] | None) -> list[str]:
     return usual if chosen is None else chosen
 
 
-def pick_slots(own: argparse.Namespace, runs: list[Run]) -> list[str | None]:
-    """The GPU of each slot, or None where runs are forked: on a CPU, unless the system's libraries forbid it."""
-    on_cpu = all(run.args.device == "cpu" for run in runs if run.args)
-    gpus = [] if on_cpu and not own.gpus else pick_gpus(own.gpus)
-    return (gpus or [None if sys.platform == "linux" else ""]) * own.jobs_per_gpu
-
-
 def main(argv: list[str]) -> int:
     """Show the plan, carry it out, and show what has become of it. Returns the exit status. UserError, OSError."""
     own, flags = command_line(argv)
@@ -178,7 +165,10 @@ def main(argv: list[str]) -> int:
             raise UserError(f"argument --task: got {own.task}, allowed is 0 to {len(runs) - 1}")
         command = runs[own.task].command
         os.execvp(command[0], command)
-    slots = pick_slots(own, runs)
+    on_cpu = all(run.args.device == "cpu" for run in runs if run.args)
+    gpus = [] if on_cpu and not own.gpus else pick_gpus(own.gpus)
+    # The GPU of each slot. On a CPU runs are forked (None), unless the system's libraries forbid it.
+    slots = (gpus or [None if sys.platform == "linux" else ""]) * own.jobs_per_gpu
     todo = [run for run in runs if run.state in ("new", "unfinished")]
     for run in runs:
         print(f"{run.state:12} {run}", flush=True)
@@ -200,17 +190,6 @@ def main(argv: list[str]) -> int:
         print(f"{outcome}; to go on, run the same command again: {again}", flush=True)
         return 130
     return 0 if all(EXIT_STATUS.get(run.state) == 0 for run in runs) else 1
-
-
-def as_command(main: Callable[[list[str]], int]) -> None:
-    """End the process with what `main` makes of its arguments; a user's mistake is one line and exit status 2."""
-    usable_streams()
-    handle(signal.SIG_DFL)  # Ctrl-C before the first run: no traceback
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as error:
-        say("error", error)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

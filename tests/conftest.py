@@ -6,15 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import guard  # before anything of ours loads utils.py
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = str(ROOT / "tests")
-os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 os.environ["WANDB_MODE"] = "disabled"  # tests of wandb say otherwise
 os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # no test downloads anything
 os.environ["OMP_NUM_THREADS"] = "1"  # small networks: threads that wait for each other cost more than they bring
@@ -22,16 +19,6 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell's `&` starts it, and every child would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 600  # seconds after which something hangs; nothing that a test waits for takes as long on any machine
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "auto: is about `--device auto`, which guard.py refuses everywhere else")
-
-
-@pytest.fixture(autouse=True)
-def auto_is_meant(request, monkeypatch):
-    if request.node.get_closest_marker("auto"):
-        monkeypatch.setenv(guard.MEANT, "1")
 
 
 @pytest.fixture(autouse=True)
@@ -95,26 +82,14 @@ def train(tmp_path, mnist1d_dir):
     def train(*argv):
         import main
 
-        return main.main(parsed(mnist1d_dir, "--runs_dir", tmp_path, *argv)), tmp_path / parsed(
-            mnist1d_dir, *argv
-        ).name
+        args = parsed(mnist1d_dir, "--runs_dir", tmp_path, *argv)
+        return main.main(args), tmp_path / args.name
 
     return train
 
 
 def parsed(data_dir, *argv):
-    flags = [
-        "--device",
-        "cpu",
-        "--dataset",
-        "mnist1d",
-        "--lr",
-        0.05,
-        "--data_dir",
-        data_dir,
-        "--wandb_mode",
-        "disabled",
-    ]
+    flags = ["--device=cpu", "--dataset=mnist1d", "--lr=0.05", "--wandb_mode=disabled", "--data_dir", data_dir]
     flags += [] if "--model" in argv else ["--model", "MLP"]
     from arguments import parse
 

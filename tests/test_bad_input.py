@@ -17,102 +17,60 @@ from arguments import parse
 SAMPLING = ["--mode", "sampling"]
 ROWS = [  # arguments; what the line must name: the argument, what was given, what is allowed
     (["--mode", "train"], "--mode", "'train'", "critical"),
-    (["--mode", ""], "--mode", "''", "critical"),
     (["--mode"], "--mode", "expected one argument", ""),
     (["--dataset", "MNIST"], "--dataset", "'MNIST'", "digits"),
-    (["--dataset", "cifar100"], "--dataset", "'cifar100'", "CIFAR100"),
     (["--model", "ResNet50"], "--model", "'ResNet50'", "ResNet18"),
-    (["--optimizer", "adam"], "--optimizer", "'adam'", "nshb"),
     (["--epochs", "0"], "--epochs", "'0'", "at least 1"),
-    (["--epochs", "-3"], "--epochs", "'-3'", "at least 1"),
     (["--epochs", "1.5"], "--epochs", "'1.5'", "whole number"),
-    (["--epochs", "many"], "--epochs", "'many'", "whole number"),
-    (["--epochs", "1e30"], "--epochs", "'1e30'", "whole number"),
     (["--lr", "0"], "--lr", "'0'", "above 0"),
-    (["--lr", "-0.1"], "--lr", "'-0.1'", "above 0"),
     (["--lr", "nan"], "--lr", "'nan'", "finite"),
-    (["--lr", "inf"], "--lr", "'inf'", "finite"),
-    (["--lr=-inf"], "--lr", "'-inf'", "finite"),
     (["--lr", "1e39"], "--lr", "'1e39'", "at most 1e38"),
     (["--epochs", "9" * 400], "--epochs", "'999", "whole number"),
     (["--seed", "9" * 5000], "--seed", "'999", "0 to 2^63"),
     (["--device", "cuda:00"], "--device", "'cuda:00'", "cuda:0"),
     (["--lr", "fast"], "--lr", "'fast'", "number"),
-    (["--lr", ""], "--lr", "''", "number"),
-    (["--batchsize", "0"], "--batchsize", "'0'", "at least 1"),
-    (["--batchsize", "-8"], "--batchsize", "'-8'", "at least 1"),
-    (["--batchsize", "8.0"], "--batchsize", "'8.0'", "whole number"),
-    (["--batchsize", "nan"], "--batchsize", "'nan'", "whole number"),
     (["--batchsize", "1438"], "--batchsize", "1438", "at most the 1437"),
     (["--dataset", "CIFAR100", "--batchsize", "50001"], "--batchsize", "50001", "at most the 50000"),
     (["--beta1", "1"], "--beta1", "'1'", "not including, 1"),
-    (["--beta1", "-0.1"], "--beta1", "'-0.1'", "from 0"),
     (["--beta1", "nan"], "--beta1", "'nan'", "from 0"),
     (["--beta1", "0,9"], "--beta1", "'0,9'", "from 0"),
     (["--nu", "1.1"], "--nu", "'1.1'", "from 0 to 1"),
-    (["--nu", "-0.1"], "--nu", "'-0.1'", "from 0 to 1"),
-    (["--nu", "nan"], "--nu", "'nan'", "from 0 to 1"),
     (["--inject", "gaussian", "--inject_batchsize", "2"], "--inject", "'gaussian'", "covariance, isotropic"),
     (["--inject", "covariance"], "--inject_batchsize", "None", "1 to 7"),
     (["--inject", "covariance", "--inject-batchsize", "8"], "--inject_batchsize", "8", "1 to 7"),
     (["--inject", "isotropic", "--inject_batchsize", "2", "--cuda_graph"], "--inject", "isotropic", "--cuda_graph"),
-    (["--eps", "0"], "--eps", "'0'", "above 0"),
     (["--eps", "0.5", "-1"], "--eps", "'-1'", "above 0"),
-    (["--eps", "0.5", "nan"], "--eps", "'nan'", "finite"),
     (["--eps"], "--eps", "expected at least one argument", ""),
     (["--min_epochs", "-1"], "--min_epochs", "'-1'", "at least 0"),
-    (["--min-epochs", "x"], "--min_epochs", "'x'", "whole number"),
     (["--steps", "-1"], "--steps", "'-1'", "at least 0"),
-    (["--steps", "nan"], "--steps", "'nan'", "whole number"),
-    (["--full_grad_batchsize", "0"], "--full_grad_batchsize", "'0'", "at least 1"),
     (["--mode", "sampling", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
-    (["--measure_every", "0"], "--measure_every", "'0'", "above 0"),
-    (["--measure-every", "often"], "--measure_every", "'often'", "number"),
     (["--measure_every", "1", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
     (["--full_grad_every", "1"], "--full_grad_every", "1", "did you mean --measure_every?"),
-    (["--max_steps", "0"], "--max_steps", "'0'", "at least 1"),
-    (["--max_steps", "ten"], "--max_steps", "'ten'", "whole number"),
     (["--seed", "-1"], "--seed", "'-1'", "0 to 2^63"),
-    (["--seed", "99999999999999999999"], "--seed", "'99999999999999999999'", "0 to 2^63"),
-    (["--seed", "0.5"], "--seed", "'0.5'", "whole number"),
     (["--device", "gpu"], "--device", "'gpu'", "cuda"),
-    (["--device", "cuda:x"], "--device", "'cuda:x'", "cuda:0"),
     (["--device", "mps"], "--device", "'mps'", "has no float64"),
     (["--mode=critical", "--eps=1.0", "0.7", "0.5"], "arguments: 0.7 0.5", "stand without =: --eps 1.0 0.7", ""),
     (["--lr", "0.1", "--seed", "0", "1", "2"], "arguments: 1 2", "--seed takes one value", "scripts/sweep.sh"),
     (["two words", "--lr", "0.1"], "arguments: two words", "--help", ""),
-    (["--precision", "fp16"], "--precision", "'fp16'", "bf16"),
     (["--cuda_graph", "yes"], "unrecognized arguments", "yes", "--help"),
     (["--compile"], "--compile", "did you mean --cuda_graph?", ""),
     (["--deterministic=1"], "--deterministic", "'1'", "ignored explicit argument"),
     (["--data_dir", ""], "--data_dir", "''", "directory"),
-    (["--runs_dir", ""], "--runs_dir", "''", "directory"),
     (["--checkpoint_every", "-1"], "--checkpoint_every", "'-1'", "at least 0"),
-    (["--checkpoint_every", "nan"], "--checkpoint_every", "'nan'", "finite"),
     (["--name", "../../x"], "--name", "'../../x'", "A-Z"),
-    (["--name", "/tmp/x"], "--name", "'/tmp/x'", "A-Z"),
-    (["--name", "a/b"], "--name", "'a/b'", "A-Z"),
-    (["--name", "a\\b"], "--name", "b'", "A-Z"),
-    (["--name", ".."], "--name", "'..'", "A-Z"),
     (["--name", ".hidden"], "--name", "'.hidden'", "A-Z"),
-    (["--name", ""], "--name", "''", "A-Z"),
     (["--name", "a\nb"], "--name", "'a\\nb'", "A-Z"),
     (["--name", "a\x1b[31m"], "--name", "x1b", "A-Z"),
     (["--name", "x" * 300], "--name", "'xxxxx", "128"),
-    (["--name", "ünï"], "--name", "'ünï'", "A-Z"),
     (["--wandb_mode", "on"], "--wandb_mode", "'on'", "offline"),
-    (["--wandb_entity", ""], "--wandb_entity", "''", "A-Z"),
     (["--wandb_project", "a/b"], "--wandb_project", "'a/b'", "up to 128"),
-    (["--batch", "8"], "unrecognized arguments", "--batch 8", "--help"),
     (["--batch_size", "8"], "--batch_size", "8", "did you mean --batchsize?"),
-    (["--beta", "0.9"], "--beta", "0.9", "did you mean --beta1?"),
     (["--learning-rate=0.1"], "--learning_rate", "0.1", "did you mean --lr?"),
     (["--qqq"], "unrecognized arguments", "--qqq;", "--help lists what is allowed"),
     (["--dataset", "cifar100"], "--dataset", "'cifar100'", "did you mean CIFAR100?"),
     (["--model", "resnet_18"], "--model", "'resnet_18'", "did you mean ResNet18?"),
     (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb, qhm; did you mean sgd?"),
     (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
-    (["digits"], "unrecognized arguments", "digits", "--help"),
     ([*SAMPLING, "--steps", "5", "0", "5"], "--steps", "5 0 5", "each value once"),
     ([*SAMPLING, "--draws", "1"], "--draws", "'1'", "at least 2"),
     ([*SAMPLING, "--draws", "3", "--measure", "shape"], "--draws", "3", "4 and more with shape"),
@@ -122,13 +80,9 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "1438"], "--draw_batchsizes", "1438", "at most the 1437"),
     ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "8"], "--draw_batchsizes", "8 8", "each value once"),
     ([*SAMPLING, "--measure_batchnorm", "training"], "--measure_batchnorm", "'training'", "did you mean train?"),
-    ([*SAMPLING, "--measure_batchnorm", "eval", "eval"], "--measure_batchnorm", "eval eval", "each value once"),
     # What does not affect the run:
     (["--mode", "critical", "--epochs", "3"], "--epochs", "got 3", "only --mode normal uses it"),
-    (["--mode", "critical", "--until-loss", "0.1"], "--until_loss", "0.1", "only --mode normal uses it"),
     (["--eps", "1"], "--eps", "got 1.0", "only --mode critical uses it"),
-    (["--min_epochs=3"], "--min_epochs", "got 3", "only --mode critical uses it"),
-    (["--steps", "5"], "--steps", "got 5", "only --mode sampling uses it"),
     ([*SAMPLING, "--measure_every", "1"], "--measure_every", "got 1.0", "--mode sampling measures at --steps"),
     (["--draws", "8"], "--draws", "got 8", "measures with --measure_every"),
     (["--mode", "critical", "--measure", "shape"], "--measure", "shape", "measures with --measure_every"),
@@ -195,15 +149,6 @@ def test_what_only_the_machine_can_tell(tmp_path):
         assert [p.name for p in tmp_path.rglob("*")] == ["file"], argv
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"cposix\nsystem\n(S'touch pwned'\ntR."])
-def test_a_damaged_data_cache(content, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "CIFAR100.npz").write_bytes(content)
-    done = forked("--model", "ResNet20", "--max_steps", "1", cwd=tmp_path)
-    check(done, "--data_dir", "CIFAR100.npz", "delete it")
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]
-
-
 def test_a_pickle_in_the_data_cache_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -230,23 +175,6 @@ def test_a_run_that_exists_is_not_touched(tmp_path):
     (tmp_path / "runs" / "x").mkdir()
     (tmp_path / "runs" / "x" / "notes.txt").write_text("somebody's")
     check(forked(*argv, cwd=tmp_path), "exists already (unfinished)")
-
-
-def test_the_first_error_about_an_existing_run_already_says_what_differs(tmp_path):
-    """And does not recommend a --resume that would be refused."""
-    argv = [*QUICK[:-2], "--max_steps", "2", "--name", "x"]
-    assert forked(*argv, cwd=tmp_path).returncode == 0
-    line = check(forked(*argv, "--lr", "0.2", cwd=tmp_path), "--name", "exists already (finished)")
-    assert "--lr 0.2 (was 0.1)" in line and "another --name" in line and "--resume" not in line
-    line = check(forked(*argv, "--max_steps", "1", cwd=tmp_path), "is at step 2 already, beyond")
-    assert "--max_steps 1;" in line and "--resume" not in line
-
-
-def test_a_warning_is_printed_once(tmp_path):
-    assert forked(*QUICK, "--name", "x", cwd=tmp_path).returncode == 0
-    (tmp_path / "runs" / "x" / "summary.json").write_text("{")
-    done = forked(*QUICK, "--name", "x", "--resume", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr.count("warning: ") == 1 and "is damaged" in done.stderr, done
 
 
 def test_a_wandb_mode_that_does_not_exist(tmp_path):
@@ -304,6 +232,8 @@ def test_lists_are_in_the_name():
     assert args.name == "sampling-CIFAR100-ResNet18-sgd-b8-lr0.1-steps0+5+100-measurenoise+shape-draws9-seed0"
     assert (parse(["--mode", "sampling", "--measure", "shape"]).draws, args.steps) == (64, [0, 5, 100])
     assert parse(["--mode", "sampling", "--draws", "9"]).measure == ["noise"]
+    args = parse(["--dataset=digits", "--mode=sampling", "--measure=smoothing"])
+    assert (args.full_grad_batchsize, args.probe_images) == (1000, 1437)  # all, where there are fewer than 2,000
 
 
 def test_switches_take_what_wandb_s_agents_write(monkeypatch):
@@ -316,9 +246,10 @@ def test_switches_take_what_wandb_s_agents_write(monkeypatch):
     assert parse(["--wandb_mode=online"]).wandb_mode == "online"
 
 
-@pytest.mark.parametrize("words", ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x",
-                                   "scripts/verdicts.py x",
-                                   "-m scripts.sweep x", "-m scripts.verdicts x", "-m main --lr=0"])  # fmt: skip
+PROGRAMS = ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x", "scripts/verdicts.py x"]
+
+
+@pytest.mark.parametrize("words", [*PROGRAMS, "-m scripts.sweep x", "-m scripts.verdicts x", "-m main --lr=0"])
 def test_programs_start_however_python_is_called(words):
     """PYTHONSAFEPATH leaves a script's directory out of Python's path, and -m puts another in."""
     env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1"}

@@ -1,16 +1,13 @@
-"""Which device a run takes, and that no test leaves that to the machine it runs on."""
+"""Which device a run takes."""
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_data, run_main
+from conftest import make_data, run_main
 
 import arguments
-import main
 import utils
 from measure.gradients import Objective
 from training.loop import Training
@@ -22,7 +19,6 @@ def set_gpus(monkeypatch, count, mps=False):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
-@pytest.mark.auto
 @pytest.mark.parametrize(("gpus", "mps", "best"), [(0, False, "cpu"), (2, False, "cuda:0"), (0, True, "cpu")])
 def test_auto_is_the_best_there_is(gpus, mps, best, monkeypatch):
     set_gpus(monkeypatch, gpus, mps)
@@ -36,7 +32,6 @@ def test_a_name_is_taken_at_its_word(monkeypatch):
         utils.pick_device("cuda:2")
 
 
-@pytest.mark.auto
 def test_a_plain_command_takes_the_best_there_is(tmp_path, mnist1d_dir):
     argv = ["--dataset", "mnist1d", "--model", "MLP", "--batchsize", 1437, "--max_steps", 1, "--name", "r"]
     done = run_main(*argv, "--data_dir", mnist1d_dir, cwd=tmp_path, device=None)
@@ -44,29 +39,6 @@ def test_a_plain_command_takes_the_best_there_is(tmp_path, mnist1d_dir):
     content = json.loads((tmp_path / "runs" / "r" / "args.json").read_text())
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     assert content["args"]["device"] == "auto" and content["environments"][0]["device"] == (gpu or "cpu")
-
-
-def test_a_test_that_lets_auto_decide_fails_in_this_process(tmp_path):
-    args = arguments.parse(["--dataset", "digits", "--runs_dir", str(tmp_path)])
-    with pytest.raises(AssertionError, match="name a device"):
-        main.main(args)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("program", ["main.py", "bench.py"])
-def test_a_test_that_lets_auto_decide_fails_in_a_child_of_its_own(program, tmp_path):
-    command = [sys.executable, str(ROOT / program)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "a test lets `--device auto` decide" in done.stderr, done
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_test_that_lets_auto_decide_fails_beneath_a_sweep(tmp_path):
-    words = ["critical", "--dataset", "digits", "--optimizers", "sgd", "--batchsizes", "8", "--seeds", "0"]
-    command = [str(ROOT / "scripts" / "sweep.sh"), *words]
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "a test lets `--device auto` decide" in done.stdout, done
 
 
 @pytest.fixture

@@ -71,10 +71,9 @@ def test_the_plan_is_the_papers_grid_longest_first_and_nothing_is_written(plan):
 
 def test_a_flag_of_main_py_and_its_list_are_one(plan):
     assert plan("normal", *ONE, "--lr", 0.5)[0].endswith("sgd-b8-lr0.5-seed0")
-    lines = plan("normal", "--optimizer=sgd", "--seed", 0, "--batchsize", "8", "--lrs", "0.5 0.05")
-    assert re.findall(r"-lr([\d.]+)-", "\n".join(lines)) == ["0.5", "0.05"]
-    with pytest.raises(UserError, match="--lrs: got 2 words, a list is one"):
-        plan("normal", *ONE, "--lrs", "0.5 0.05", "--lr", 1)
+    for values in (["0.5 0.05"], ["0.5", "0.05"], ["0.5", "--lr=0.05"]):
+        lines = plan("normal", "--optimizer=sgd", "--seed", 0, "--batchsize", "8", "--lrs", *values)
+        assert re.findall(r"-lr([\d.]+)-", "\n".join(lines)) == ["0.5", "0.05"]
 
 
 def test_what_only_some_optimizers_take_is_dropped_for_the_others(plan, capsys):
@@ -128,17 +127,12 @@ BAD = [
     (["--eps", "0.5", "critical"], "argument mode: got '--eps'"),
     (["nrmal"], "argument --mode: got 'nrmal'"),
     (["normal", "--optimizers", "sgd adam"], "argument --optimizer: got 'adam'"),
-    (["normal", "--model", "MLP"], "--model: got MLP, allowed with --dataset CIFAR100"),
-    (["normal", "--batchsizes", "64", "128"], '--batchsizes: got 2 words, a list is one: --batchsizes "64 128"'),
     (["normal", "--seeds", ""], "--seeds"),
     (["normal", "--gpus", "97"], "--gpus: got '97', allowed is what nvidia-smi lists: "),
-    (["normal", "--jobs_per_gpu", "0"], "--jobs_per_gpu"),
     (["normal", "--name", "x"], "--name"),
     (["normal", "--learning-rate", "1"], "did you mean --lr"),
-    (["normal", "extra"], "extra"),
     (["critical", "--epochs", "3"], "argument --epochs: got 3, but only --mode normal uses it"),
     (["normal", "--optimizers", "sgd", "--beta1s", "0.5 0.9"], "--beta1: got 0.5, but --optimizer sgd does not use"),
-    (["normal", "--nus", "0.5"], "--nu: got 0.5, but --optimizer sgd does not use"),
     (["normal", "--task", "99"], "--task: got 99, allowed is 0 to 98"),
 ]
 
@@ -166,8 +160,7 @@ def test_as_a_command_it_is_one_line_and_exit_status_2(tmp_path):
 
 def test_planning_loads_nothing_that_is_slow_and_99_runs_take_a_quarter_of_a_second(tmp_path):
     code = "import sys, sweep; sweep.main(['critical', '--dry_run']); print(*sys.modules, file=sys.stderr)"
-    environment = {"PYTHONPATH": str(ROOT / "scripts")}  # without the tests' own sitecustomize
-    command = [sys.executable, "-c", code]
+    environment, command = {"PYTHONPATH": str(ROOT / "scripts")}, [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "99 runs" in done.stdout
     loaded = set(done.stderr.split())
@@ -210,12 +203,10 @@ def test_the_slurm_array_is_the_grid():
     assert {(run.args.mode, *run.args.eps, run.args.resume) for run in runs} == {("critical", 1.0, 0.5, True)}
 
 
-def test_a_slurm_task_outside_the_grid_is_an_error():
-    environment = {k: v for k, v in os.environ.items() if k != "SLURM_ARRAY_TASK_ID"} | {"PYTHON": sys.executable}
-    for task, words in (({"SLURM_ARRAY_TASK_ID": "99"}, ["normal"]), ({}, ["normal"])):
-        done = subprocess.run([SLURM, *words], env=environment | task, cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_without_slurm_the_script_is_an_error():
+    environment = {k: v for k, v in os.environ.items() if k != "SLURM_ARRAY_TASK_ID"}
+    done = subprocess.run([SLURM, "normal"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: this is not a task") and not done.stdout
 
 
 def test_a_slurm_task_becomes_its_run_so_that_the_signal_reaches_main_py_itself(tmp_path):

@@ -98,13 +98,12 @@ class Dashboard:
     def close(self, exit_code: int) -> None:
         """End the wandb run, within FINISH_LIMIT seconds, and say how what is not uploaded yet can be."""
         self._send(lambda run: run.finish(exit_code=exit_code))
-        for directory in self._earlier:
-            self._send(lambda _, directory=directory: shutil.rmtree(directory, ignore_errors=True))
+        self._send(lambda _: [shutil.rmtree(directory, ignore_errors=True) for directory in self._earlier])
         self._calls.put(None)
         self._thread.join(FINISH_LIMIT + 0.002 * self._calls.qsize())  # a replay takes time
         if hanging := self._thread.is_alive():
             warn(f"wandb has not ended after {FINISH_LIMIT:g} s; going on without it, the local record is complete")
-            atexit.register(_leave, exit_code)
+            atexit.register(os._exit, exit_code)  # or else its own hook would wait for ever
         if self._part and (self._offline or hanging or self._run is None):
             flag = "" if self._offline else "--include-online "
             print(f"wandb: to upload this run, `wandb sync {flag}{shlex.quote(str(self._part))}`", flush=True)
@@ -136,11 +135,6 @@ def _numbers(row: dict[str, str]) -> dict:
     """A row of a CSV file as it was before it was text."""
     kinds = {"batchnorm": str, "layer": str, "steps": int, "batch_size": int}
     return {name: kinds.get(name, float)(text) if text else None for name, text in row.items()}
-
-
-def _leave(status: int) -> None:
-    sys.stdout.flush()
-    os._exit(status)  # or else wandb's own hook would wait for ever for what has not ended in time
 
 
 def start_wandb(args: Namespace, directory: Path, config: dict, run_id: str):

@@ -113,15 +113,12 @@ class Growing:
 
     def __init__(self, path: Path, check: Callable[[], None]):
         self.path, self.check, self.size = path, check, 0
-        self._file = None
 
     def append(self, content: bytes) -> None:
         """Add `content`."""
         self.check()
-        if self._file is None:
-            self._file = open(self.path, "ab")  # noqa: SIM115 (held until the process ends)
-        self._file.write(content)
-        self._file.flush()
+        with open(self.path, "ab") as file:
+            file.write(content)
         self.size += len(content)
 
     def read(self) -> bytes:
@@ -130,13 +127,9 @@ class Growing:
 
     def sync(self) -> None:
         """Have what is written on disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Nothing more is written: a process that makes many runs must not run out of files."""
-        if self._file is not None:
-            self._file.close()
+        if self.size:
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     def size_on_disk(self) -> int:
         """Bytes that the file holds now; 0 where there is none."""
@@ -316,8 +309,7 @@ class Record:
         """End progress and wandb, which may take FINISH_LIMIT seconds if it hangs: nothing else is left to do."""
         self.bar.close()
         self.dashboard.close(exit_code)
-        for file in (self._lock_file, *self._growing):
-            file.close()  # the process may go on, as a notebook does
+        self._lock_file.close()  # the process may go on, as a notebook does
 
     def save_checkpoint(self, content: dict) -> None:
         """Write a checkpoint of tensors and plain values; the one before is kept. OSError if the disk is full."""
@@ -337,9 +329,8 @@ class Record:
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            raise OSError(
-                f"no checkpoint could be written ({cause}); the one before is kept, if there is one"
-            ) from error
+            reason = f"no checkpoint could be written ({cause}); the one before is kept, if there is one"
+            raise OSError(reason) from error
 
     def load_checkpoint(self) -> dict | None:
         """The newest whole checkpoint, on the CPU, and the growing files cut back to its sizes; None if none.
