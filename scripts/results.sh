@@ -97,7 +97,7 @@ convnet() {
 }
 images() {
     sweep normal --dataset CIFAR20-5k --model ResNet8 --batchsizes "16 32 64 128 256" --until_loss 0.01 --epochs 100 \
-        --max_steps 3200 --recalibrate --measure_every 8 --measure smoothing --draws 16 --probe_images 500
+        --max_steps 3200 --recalibrate --measure_every 16 --measure smoothing --draws 16 --probe_images 200
 }
 cifar100() {
     local sample=(sampling --dataset CIFAR100 --model ResNet20)
