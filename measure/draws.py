@@ -1,6 +1,7 @@
 """Independent mini-batches at one x_t, what augmentation adds to their variance, and sums over vectors of weights."""
 
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -56,15 +57,19 @@ def augmentation(objective: Objective, pairs: Iterable[tuple[Batch, Batch]]) -> 
     return found | {"c_squared_augmentation": sizes[0] * found["augmentation_variance"]}
 
 
-def refuse_copies(draws: Iterable[Batch]) -> Iterator[Batch]:
-    """The same draws. ValueError if all of them, four or more, are one batch: their variance would be 0 ± 0."""
-    first, same = None, []
+def refuse_copies(draws: Iterable[Batch], n: int = 4) -> Iterator[Batch]:
+    """The same draws, from n images. ValueError if few of them differ: their variance would be too small, or 0 ± 0.
+
+    Few: at most a quarter of the draws, of n if that is fewer, and of four draws or more.
+    """
+    count, different = 0, set()
     for x, y in draws:
-        first = (x, y) if first is None else first
-        same.append(torch.equal(y, first[1]) and torch.equal(x, first[0]))
+        count += 1
+        different.add(tuple(zlib.crc32(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for t in (x, y)))
         yield x, y
-    if len(same) > 3 and all(same):
-        raise ValueError(f"draws must be independent, got {len(same)} times the same batch: does the loader shuffle?")
+    if count >= 4 and 4 * len(different) <= min(count, n):
+        got = f"{count} draws of {len(different)} batches"
+        raise ValueError(f"draws must be independent, got {got}: does the loader shuffle anew?")
 
 
 def spread(g: list[Tensor], mean: list[Tensor], k: int) -> Tensor:

@@ -91,11 +91,11 @@ def budget(
     `measure.draws.draw` does; what the first one's loss needs is what a step moves. n: training images. keep: given
     each draw's g + u, flat, on the CPU, for measure/shape.py and smoothing.py. Memory: some nine gradients, whatever
     M is. ValueError as in `affine`, if a step would move no parameter, for fewer than two draws, for draws of
-    several sizes or larger than n.
+    several sizes or larger than n, or copies of a few.
     """
     sizes, readings, names = [], [], {"delta": 1.0} | (renamed or {})
     with objective.unchanged():
-        for draw in refuse_copies(draws):
+        for draw in refuse_copies(draws, n):
             found = objective.gradient_by_parameter(draw)
             sizes.append(len(draw[1]))
             if len(sizes) == 1:

@@ -23,6 +23,8 @@ from measure.gradients import Objective, images
 from measure.optimizers import affine, learning_rates
 from measure.sharpness import Halves, by_half, dot, moved, quadratic, rises, signs, values
 
+CONTROLS = 16  # random vectors of each control, with their mirror images; more cost more than they tell
+
 
 def smoothing(
     objective: Objective,
@@ -36,8 +38,8 @@ def smoothing(
 
     halves: as in `measure.sharpness.sharpness`. full: ∇f(x_t) over all images. draws: M ≥ 4 mini-batch gradients
     at x_t, with the noise that training injects, flat, as `measure.noise.budget` keeps them. Returns numbers named as
-    in measure/quantities.py, with standard errors over the draws, or over the vectors of the controls: M/2, each with
-    its mirror image. ValueError for fewer draws, draws of another size, and as in `affine`.
+    in measure/quantities.py, with standard errors over the draws, or over the vectors of the controls, M/2 or
+    CONTROLS at most, each with its mirror image. ValueError for fewer draws, draws of another size, and as in `affine`.
     """
     if len(draws) < 4:
         raise ValueError(f"smoothing needs 4 draws or more, got {len(draws)}")
@@ -50,10 +52,10 @@ def smoothing(
         slopes = [objective.full_gradient(half, images(half)) for half in halves]
         linear = np.array([[dot(slope, step.real(i)) for slope in slopes] for i in range(len(draws))])
         real = rises(objective, halves, loss_z, map(step.real, range(len(draws)))) - linear
-        few = range(len(draws) // 2)  # with their mirror images as many points as draws
+        few = range(min(len(draws) // 2, CONTROLS))
         gaussian = rises(objective, halves, loss_z, (step.gaussian(generator) for _ in few), mirrored=True)
         equal = rises(objective, halves, loss_z, (step.isotropic(generator) for _ in few), mirrored=True)
-        pairs = step.pairs()
+        pairs = step.pairs()[:CONTROLS]
         curvatures, traces = np.split(quadratic(objective, [*chain(*halves)], [*pairs, *probes]), [len(pairs)])
     displacement = float(loss_z.mean() - loss_y)
     return {

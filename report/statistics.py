@@ -16,14 +16,14 @@ MEASUREMENT = [*CURVE, "b", "full_grad_batchsize", "batchnorm", "steps", "epoch"
 # What the error of one seed is of, where it is not of every draw: as many random vectors, whatever the draws; or one
 # value in so many draws, as pairs, or vectors that are taken with their mirror images.
 VECTORS = {"hessian_trace": 16, "average_sharpness": 16, "batch_sharpness": 32}
-DRAWS_EACH = {"excess_predicted": 2, "excess_gaussian": 2, "excess_isotropic": 2, "augmentation_variance": 4}
+PAIRS = {"excess_predicted", "excess_predicted_isotropic", "excess_gaussian", "excess_isotropic"}  # 16 at most
 
 
 def _values(name, draws):
     """Return of how many independent values the error of one seed is."""
-    if name == "excess_predicted_isotropic":  # of pairs and of the 16 vectors of a trace: the fewer
+    if name in PAIRS:
         return (draws // 2).clip(upper=16)
-    return VECTORS.get(name, draws // DRAWS_EACH.get(name, 1))
+    return VECTORS.get(name, draws // 4 if name == "augmentation_variance" else draws)
 
 
 def longest(runs):

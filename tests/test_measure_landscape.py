@@ -329,17 +329,18 @@ def test_the_control_variate_by_listing_all_batches(batchnorm, seed):
         assert found["excess_real_se"] < brute.std() / math.sqrt(56) / 10
 
 
-@pytest.mark.parametrize("m", [4, 5, 6])
+@pytest.mark.parametrize("m", [4, 5, 6, 35])
 def test_controls_take_as_many_points_as_the_draws_in_pairs_and_passes_say_their_cost(m):
-    f, probe, optimizer, full, draws, _ = measured_step("sgd", 0)
+    f, probe, optimizer, full, draws, _ = measured_step("sgd", 0, max(m, 6))
     calls = []
     f.between = calls.append
     found = smoothing(f, probe, optimizer, full, draws[:m], generator())
-    values_ = 3 + m + 2 * 2 * (m // 2)
+    controls = min(m // 2, 16)
+    values_ = 3 + m + 2 * 2 * controls
     for images in (7, 13, 20):  # the probe's batches
-        assert calls.count(0.4 * images) == values_ and calls.count(3 * images) == m // 2 + 16
+        assert calls.count(0.4 * images) == values_ and calls.count(3 * images) == controls + 16
         assert calls.count(images) == 1
-    assert len(calls) == 3 * (values_ + m // 2 + 16 + 1) and found["probe_images"] == 40
+    assert len(calls) == 3 * (values_ + controls + 16 + 1) and found["probe_images"] == 40
     assert all(found[f"excess_{kind}_se"] > 0 for kind in ("real", "gaussian", "isotropic"))
 
 

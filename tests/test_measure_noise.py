@@ -461,11 +461,14 @@ def test_draws_of_a_loader_are_independent_and_those_of_one_pass_are_not():
     assert len({tuple(batch[1].tolist()) for batch in draw(shuffled, 40, moving)}) > 15
     for bad, message in [
         (DataLoader(TensorDataset(x, y), batch_size=B), "a loader that shuffles"),
-        (DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(range(6), B, False)), "4 times the same batch"),
+        (DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(range(6), B, False)), "4 draws of 1 batches"),
         (iter(loader), "need a DataLoader"),
     ]:
         with pytest.raises(ValueError, match=message):
             noise.budget(objective, optimizer, full, draw(bad, 4, moving), N)
+    cached = list(draw(loader, 2, moving))
+    with pytest.raises(ValueError, match="8 draws of 2 batches"):
+        noise.budget(objective, optimizer, full, cached * 4, 8)
 
 
 # --- one batch's ω ---

@@ -17,7 +17,7 @@ from measure.optimizers import ExactMemory, affine, direction
 from measure.quantities import INDEX
 from measure.shape import shape
 from measure.sharpness import sharpness
-from measure.smoothing import smoothing
+from measure.smoothing import CONTROLS, smoothing
 from training.data import PROBING, SMOOTHING
 from training.record import MEASUREMENTS
 
@@ -185,7 +185,8 @@ class Measuring:
         """About what a measurement costs, in images forward and backward: docs/measuring.md, Cost."""
         args, m, n = self.args, self.args.draws, self.args.probe_images
         cost = self.run.data.size + (m * sum({args.batchsize, *args.draw_batchsizes}) if args.measure else 0.0)
-        cost += n * (1.2 * (m + 1) + 3 * (m / 2 + 16) + 1) if "smoothing" in args.measure else 0
+        controls = min(m / 2, CONTROLS)
+        cost += n * (0.4 * (m + 4 * controls) + 3 * controls + 50) if "smoothing" in args.measure else 0
         cost += 187 * n + 129 * args.batchsize if "sharpness" in args.measure else 0
         return len(args.measure_batchnorm) * cost
 
