@@ -39,7 +39,7 @@ def smoothing(
     halves: as in `measure.sharpness.sharpness`. full: ∇f(x_t) over all images. draws: M ≥ 4 mini-batch gradients
     at x_t, with the noise that training injects, flat, as `measure.noise.budget` keeps them. Returns numbers named as
     in measure/quantities.py, with standard errors over the draws, or over the vectors of the controls, M/2 or
-    CONTROLS at most, each with its mirror image. ValueError for fewer draws, draws of another size, and as in `affine`.
+    CONTROLS at most, each with its mirror image. ValueError for fewer draws or of another size, and as in `affine`.
     """
     if len(draws) < 4:
         raise ValueError(f"smoothing needs 4 draws or more, got {len(draws)}")

@@ -16,8 +16,8 @@ from report.statistics import at_common, hours, level, measured, over_seeds, pai
 
 # 97.5 % of Student's t, from a printed table
 T = {1: 12.706204736, 2: 4.302652730, 7: 2.364624252, 15: 2.131449546, 31: 2.039513446, 63: 1.998340543}
-FREEDOM = {"excess_predicted": 31, "excess_gaussian": 31, "excess_isotropic": 31, "hessian_trace": 15}
-FREEDOM |= {"batch_sharpness": 31, "excess_predicted_isotropic": 15}  # where it is not draws − 1
+FREEDOM = {"batch_sharpness": 31, "hessian_trace": 15, "excess_predicted": 15, "excess_predicted_isotropic": 15}
+FREEDOM |= {"excess_gaussian": 15, "excess_isotropic": 15}  # where it is not draws − 1
 
 
 @pytest.fixture(scope="module")
