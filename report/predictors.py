@@ -1,15 +1,17 @@
 """What predicts test accuracy: one row a setting, all of one window, and how well each predictor does."""
 
+from itertools import permutations
+
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from report import records, theory
 from report.critical import minimum
-from report.statistics import POINT, fits, longest, measured, over_seeds, own
+from report.statistics import POINT, fits, longest, measured, over_seeds, own, paired
 
 KEY = ["network", "curve", "label", "optimizer", "lr", "beta1", "b"]
-PREDICTORS = ("delta", "delta_formula", "temperature", "lr_over_b", "updates", "lambda_max")
+PREDICTORS = ("delta", "delta_formula", "temperature", "lr_over_b", "updates", "lambda_max", "excess_real")
 RESAMPLES = 2000
 
 
@@ -38,6 +40,7 @@ def trajectories(runs):
     b = table.index.get_level_values("b")
     found = {"accuracy": accuracy, "gap": late["training_acc"] - accuracy, "delta": of("delta"), "updates": end}
     found |= {"lr_eff": lr_eff, "temperature": temperature, "lr_over_b": lr_eff / b, "lambda_max": of("lambda_max")}
+    found["excess_real"] = of("excess_real")
     constants = of("c_squared", "max"), of("full_gradient_norm", "max")
     table = table.assign(**found).reset_index()
     table["delta_formula"] = theory.deltas(table, *constants)
@@ -79,6 +82,25 @@ def table(points):
         row["r_squared"] = np.corrcoef(np.polyval(np.polyfit(x, y, 2), x), y)[0, 1] ** 2
         rows.append(row | left_out(x, y, known["optimizer"].to_numpy()))
     return pd.DataFrame(rows)
+
+
+def matched(rows):
+    """Return one row a pair of settings of `trajectories` that fit, without injected noise, and agree in one of δ and
+    η_eff/b (`equal`) within 5 % in the mean over seeds, while the other differs by half or more.
+
+    first: the setting with more of the other one, `ratio` times the second's. difference, low, high: of its accuracy
+    less the second's, in points, paired by seed.
+    """
+    fit = [each for _, each in rows.groupby(KEY, dropna=False) if each["fit"].notna().all()]
+    fit, found = [each for each in fit if "inject" not in each["label"].iloc[0]], []
+    for equal, other in (("delta", "lr_over_b"), ("lr_over_b", "delta")):
+        for one, two in permutations(fit, 2):
+            about = {key: one[key].mean() / two[key].mean() for key in (equal, other)}
+            if abs(np.log(about[equal])) <= np.log(1.05) and about[other] >= 1.5:
+                names = [f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in (one, two)]
+                row = {"equal": equal, "ratio": about[other], "first": names[0], "second": names[1]}
+                found.append(row | paired(one, two, "accuracy"))
+    return pd.DataFrame(found)
 
 
 def left_out(x, y, groups):

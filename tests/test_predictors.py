@@ -84,7 +84,9 @@ def made_up(rng, per=8, noise=0.2):
             rows.append(row | {f"{key}_mean": value for key, value in values.items()})
     table = pd.DataFrame(rows).assign(accuracy_low=lambda rows: rows["accuracy_mean"] - 1)
     table = table.assign(accuracy_high=table["accuracy_mean"] + 1)
-    return table.reindex(columns=[*table, *(f"{name}_mean" for name in ("delta_formula", "temperature", "updates"))])
+    return table.reindex(
+        columns=[*table, *(f"{name}_mean" for name in ("delta_formula", "temperature", "updates", "excess_real"))]
+    )
 
 
 def test_the_peak_its_interval_and_a_left_out_optimizer():
@@ -136,3 +138,23 @@ def test_the_figure_shows_the_same_points_over_each_predictor():
         assert sorted(shown) == sorted(zip(rows[f"{name}_mean"], rows["accuracy_mean"], strict=True))
         hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
         assert [line.get_ydata().tolist() for line in hollow] == [[points.loc[0, "accuracy_mean"]]]
+
+
+def test_settings_of_equal_delta_or_equal_rate_are_paired_by_seed(tmp_path):
+    """δ 0.2, 0.205 and 0.4; η_eff/b 0.001, 0.0005 and 0.001: a, b agree in δ, and a, c in η_eff/b."""
+    accuracies = {"a": (60.0, 61.0, 63.0), "b": (58.0, 60.0, 60.0), "c": (60.0, 62.0, 62.0)}
+    for seed in range(3):
+        a, b, c = (accuracies[name][seed] for name in "abc")
+        write(tmp_path, "sgd", 100, seed, a, delta=0.2)
+        write(tmp_path, "sgd", 200, seed, b, delta=0.205)
+        write(tmp_path, "nshb", 100, seed, c, delta=0.4)
+        write(tmp_path, "sgd", 50, seed, 50.0, delta=0.2, loss=0.02)  # does not fit
+        write(tmp_path, "sgd", 400, seed, 50.0, delta=0.2, more="--inject isotropic --inject_batchsize 8")
+    pairs = predictors.matched(predictors.trajectories(records.runs(tmp_path)))
+    assert len(pairs) == 2
+    delta, rate = one(pairs, equal="delta"), one(pairs, equal="lr_over_b")
+    assert delta["first"].endswith("SGD, b 100") and delta["second"].endswith("SGD, b 200")
+    assert "NSHB" in rate["first"] and rate["second"].endswith("SGD, b 100")
+    assert (delta["ratio"], rate["ratio"]) == (pytest.approx(2), pytest.approx(2)) and rate["difference"] == 0
+    half = stats.t.ppf(0.975, 2) * np.std([2.0, 1.0, 3.0], ddof=1) / 3**0.5
+    assert delta["difference"] == 2 and delta["high"] - 2 == pytest.approx(half)
