@@ -115,13 +115,10 @@ class Training:
     def windows(self, last: int, earliest_end: Callable[[], int] | None = None) -> Iterator[Window]:
         """Train up to step `last`, giving what was measured since the last row each time the device is read.
 
-        That is every WINDOW steps, at the end of an epoch, at the steps to measure ω at, and at `last`; nothing waits
-        for the device in between. earliest_end: names a step before which the experiment cannot end; there it is read
-        too. A loss or gradient that is not finite ends the run, with the window cut before that step.
-
-        The caller decides with each window whether to evaluate and whether to `stop`. Then, where a row is due, ω is
-        measured, the window counted and the row logged. A signal before that leaves the window uncounted in the
-        checkpoint, and all of it is done again on resuming.
+        That is every WINDOW steps, at the end of an epoch, where ω is measured, at `last`, and at the step that
+        earliest_end names, before which the experiment cannot end. What is not finite ends the run, with the window
+        cut before it. The caller decides with each window whether to evaluate and to `stop`; then it is counted and
+        its row logged. A signal before that leaves it uncounted in the checkpoint: it is done again on resuming.
         """
         self.last, self.earliest_end = last, earliest_end
         if self.step == 0 and self.measuring.due():

@@ -1,6 +1,5 @@
 """What is measured at a step, in any mode, and its rows of measurements.csv (docs/measuring.md)."""
 
-import time
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -85,19 +84,21 @@ class Measuring:
         The numbers of the training batch size become results of the run.
         """
         run, rows = self.run, []
-        evaluated = run.evaluate()
-        progress = Progress(run, self.cost())
-        try:
+        evaluated, silent = run.evaluate(), run.record is None or run.record.bar.disable
+        with tqdm(total=round(self.cost()), desc=f"step {run.step}", unit="image", leave=False, disable=silent) as bar:
+
+            def before(images: float) -> None:
+                run.check_signals()
+                bar.update(round(images))
+
             for mode in self.args.measure_batchnorm:
-                objective = run.objective(training=mode == "train", between=progress.before)
+                objective = run.objective(training=mode == "train", between=before)
                 with objective.unchanged():  # once, and not for each of a thousand passes
                     found = self._measure_in(objective, mode)
                 if found is None:
                     run.stop("diverged", run.step + 1)
                     return []
                 rows += found
-        finally:
-            progress.bar.close()
         head = {"steps": run.step, "epoch": run.step / run.steps_per_epoch}
         rows = [dict.fromkeys(MEASUREMENTS) | head | row | evaluated for row in rows]
         own = next(row for row in rows if row["batch_size"] == self.args.batchsize)
@@ -201,32 +202,3 @@ class Measuring:
         if state and self.memory:
             self.fed = state["fed"]
             self.memory.shadow.load_state_dict(state["shadow"])
-
-
-class Progress:
-    """How far a measurement has come, in images: a bar on a terminal. Answers signals between passes.
-
-    When the first pass has been timed, it says how long the whole will take, if that is more than a minute.
-    """
-
-    def __init__(self, run: "Training", images: float):
-        self.run, self.images, self.done, self.told = run, images, 0.0, False
-        self.started, silent = time.monotonic(), run.record is None or run.record.bar.disable
-        self.bar = tqdm(total=round(images), desc=f"step {run.step}", unit="image", leave=False, disable=silent)
-
-    def before(self, images: float) -> None:
-        """To be called before every pass over so many images."""
-        self.run.check_signals()
-        if self.done and not self.told:
-            self._tell()
-        self.done += images
-        self.bar.update(round(images))
-
-    def _tell(self) -> None:
-        self.told = True
-        minutes = (time.monotonic() - self.started) / self.done * self.images / 60
-        if minutes > 1:
-            with tqdm.external_write_mode():
-                print(
-                    f"measuring at step {self.run.step}: {self.images:,.0f} images, {minutes:.0f} minutes", flush=True
-                )
