@@ -73,7 +73,7 @@ SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of main.py; its defaults are those of the authors' command line where they have the flag."""
+    """The parser of main.py; the defaults are the paper's."""
     parser = Parser(
         prog="main.py",
         allow_abbrev=False,
@@ -216,11 +216,6 @@ def unaffected(args: Namespace) -> dict[str, str]:
     return unused
 
 
-def takes(flag: str, args: Namespace) -> bool:
-    """Whether `flag` affects the run `args`."""
-    return flag not in unaffected(args)
-
-
 def _check(args: Namespace) -> None:
     spec = DATASETS[args.dataset]
     if not models.takes(args.model, spec.shape):
@@ -245,10 +240,9 @@ def _wandb_mode(entity: str) -> str:
     given = os.environ.get("WANDB_MODE") or ("offline" if entity == "XXXXXX" else "online")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # as transformers have taught people
         given = "disabled"
-    mode = {"dryrun": "offline", "run": "online"}.get(given, given)  # wandb's older names
-    if mode not in WANDB_MODES:
+    if given not in WANDB_MODES:
         raise UserError(f"argument --wandb_mode: the variable WANDB_MODE is {given!r}, allowed are {WANDB_MODES}")
-    return mode
+    return given
 
 
 def _words(value) -> str:
@@ -269,25 +263,21 @@ def _default_name(args: Namespace) -> str:
 
     Not ε, nor the cap of `critical`: more of them can be asked for later of the same run.
     """
-    relevant = result_arguments(args)
-    usual = ("mode", "dataset", "model", "optimizer", "batchsize", "lr", "beta1", "nu", "seed")
+    relevant, default = result_arguments(args), defaults() | dependent_defaults(args)
+    usual = dict.fromkeys(("mode", "dataset", "model", "optimizer"), "")
+    usual |= {"batchsize": "b", "lr": "lr", "beta1": "beta", "nu": "nu"}
+    parts = [label + _short(relevant[key]) for key, label in usual.items() if key in relevant]
     added_later = ("eps", "max_steps") if args.mode == "critical" else ()
-    parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
-    parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
-    parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
-    default = defaults() | dependent_defaults(args)
     for key in (action.dest for action in build_parser()._actions if action.dest in relevant):
         value = relevant[key]
-        if key not in (*usual, *added_later) and value != default[key]:
-            text = "+".join(map(str, value)) if isinstance(value, list) else value
-            text = _short(value) if isinstance(value, float) else text
-            parts.append(key if value is True else f"{key}{text}")
+        if key not in (*usual, *added_later, "seed") and value != default[key]:
+            parts.append(key if value is True else f"{key}{_short(value)}")
     return "-".join([*parts, f"seed{args.seed}"])
 
 
-def _short(value: float) -> str:
-    """The shortest text that is `value` again, 1 and not 1.0."""
-    return repr(value).removesuffix(".0")
+def _short(value) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.removesuffix(".0") if isinstance(value, float) else text
 
 
 def planned_steps(args: Namespace) -> int:

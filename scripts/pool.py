@@ -1,7 +1,6 @@
-"""Runs side by side, one at a time in each slot: their start, their log, their end, and stopping them together.
+"""Runs side by side, one at a time in each slot: forked once torch is loaded on a CPU, processes of their own on GPUs.
 
-On a CPU runs are forked from this process once it has loaded torch, which takes seconds that no run then waits for.
-On GPUs each run is a process of its own, as CUDA does not survive a fork.
+CUDA does not survive a fork.
 """
 
 import contextlib
@@ -19,8 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from utils import STOPPING, handle, handling
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -43,10 +40,7 @@ class Run:
 
 
 def load() -> None:
-    """Import what a run imports, and do nothing else.
-
-    Once OpenMP has computed with two threads, a forked child that does so too hangs; nor may wandb's threads run.
-    """
+    """Import what a run does; compute nothing: once OpenMP has, with two threads, a forked child with two hangs."""
     for name in ("torch._dynamo", "main", "training.loop"):  # any optimizer of torch loads _dynamo, in a second
         importlib.import_module(name)
 
