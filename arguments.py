@@ -46,22 +46,21 @@ OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "ful
 # --- the parser ---------------------------------------------------------------------------------------------
 
 
-def run_name(text: str) -> str:
-    """A converter for the name of a run, an account or a project."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
-        allowed = "up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, digit or _ in front"
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, allowed are {allowed}")
-    return text
+def matching(pattern: str, allowed: str) -> Callable:
+    """A converter for argparse of texts that match a pattern."""
+
+    def convert(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, allowed are {allowed}")
+        return text
+
+    return convert
 
 
-def device(text: str) -> str:
-    """A converter for the name of a device."""
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", text):
-        why = "; mps has no float64, in which norms are summed" if text == "mps" else ""
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, cuda, cuda:0, cuda:1, …{why}")
-    return text
-
-
+NAME_ALLOWED = "up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, digit or _ in front"
+NAME = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", NAME_ALLOWED)
+DEVICES = "auto, cpu, cuda, cuda:0, cuda:1, … (mps has no float64, in which norms are summed)"
+DEVICE = matching(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", DEVICES)
 POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
 COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
 WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
@@ -82,14 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="In the names of flags, - and _ mean the same. Exit status: 0 finished, 3 diverged, 2 error, "
         "129, 130 or 143 stopped with a checkpoint.",
     )
-    _add_experiment(parser.add_argument_group("the experiment (paper, section 2)").add_argument)
-    _add_measuring(parser.add_argument_group("what is measured").add_argument)
-    _add_machine(parser.add_argument_group("how it runs").add_argument)
-    _add_record(parser.add_argument_group("the record").add_argument)
-    return parser
-
-
-def _add_experiment(add: Callable) -> None:
+    add = parser.add_argument_group("the experiment (paper, section 2)").add_argument
     add("--mode", **one_of(*MODES), default="normal", help="which of the three experiments")
     add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="mnist1d and digits need no download")
     add("--model", **one_of(*NETWORKS), default="ResNet18", help="network")
@@ -108,8 +100,7 @@ def _add_experiment(add: Callable) -> None:
     add("--max_steps", type=COUNT, metavar="N", help="ends any mode after so many updates")
     add("--seed", type=SEED, default=0, help="of weights, shuffling, augmentation, measuring")
 
-
-def _add_measuring(add: Callable) -> None:
+    add = parser.add_argument_group("what is measured").add_argument
     add("--measure_every", type=POSITIVE, metavar="E", help="measure ω first, once in every E epochs, and at the end")
     add("--measure", **one_of(*MEASURES), nargs="+", default=[], help="beyond the paper's ω of one mini-batch")
     draws = "mini-batches for --measure (default: 32, or 64 for shape); alone it means --measure noise"
@@ -123,25 +114,27 @@ def _add_measuring(add: Callable) -> None:
     add("--recalibrate", action="store_true", help="normal: also test with BatchNorm's statistics recomputed")
     memory = "splits the memory by the full gradients of the last K steps, each a full pass"
     add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
+    _add_running(parser)
+    return parser
 
 
-def _add_machine(add: Callable) -> None:
+def _add_running(parser: Parser) -> None:
+    add = parser.add_argument_group("how it runs").add_argument
     precisions = "default: PyTorch's, as the paper (TF32 on CUDA); ieee: float32 throughout; bf16: autocast"
-    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--device", type=DEVICE, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
     add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
     add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
-
-def _add_record(add: Callable) -> None:
+    add = parser.add_argument_group("the record").add_argument
     add("--runs_dir", type=path, default="runs", metavar="DIR", help="where runs are recorded")
-    add("--name", type=run_name, help="directory of this run below runs_dir (default: made of its arguments)")
+    add("--name", type=NAME, help="directory of this run below runs_dir (default: made of its arguments)")
     add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
     add("--checkpoint_every", type=SECONDS, default=300.0, metavar="SECONDS", help="between two checkpoints")
-    add("--wandb_entity", type=run_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
-    add("--wandb_project", type=run_name, default="role_of_momentum", help="project to log to")
+    add("--wandb_entity", type=NAME, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
+    add("--wandb_project", type=NAME, default="role_of_momentum", help="project to log to")
     add("--wandb_mode", **one_of(*WANDB_MODES), help="default: WANDB_MODE, or by the entity")
 
 

@@ -87,10 +87,7 @@ def _become(command: list[str], gpu: str | None, log: int, mask: set) -> None:
 
 def last_words(log: Path) -> str:
     """The error that the last run in `log` ended with, whatever libraries print at exit; else its last line."""
-    try:
-        lines = log.read_text(errors="replace").split("\n$ ")[-1].splitlines()
-    except OSError as error:
-        return str(error)
+    lines = log.read_text(errors="replace").split("\n$ ")[-1].splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
 

@@ -28,7 +28,6 @@ METRICS = (
     *(*EVALUATED, "seconds"),
 )
 MEASUREMENTS = (*INDEX, *columns(*MEASURED), *EVALUATED)
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 FORMAT = (5, METRICS, MEASUREMENTS)  # of a checkpoint; to continue from it is to add to files of these columns
 EXTENSIBLE = {"epochs", "max_steps", "eps"}  # a resumed run can be given more of these
 
@@ -161,7 +160,7 @@ class Record:
         self.measurements = Rows(self.directory / "measurements.csv", self._check_still, MEASUREMENTS)
         self._growing = (self.metrics, self.norms, self.measurements)
         self._lock_path = self.directory / ".lock"
-        self._checkpoints = [self.directory / name for name in CHECKPOINTS]
+        self._checkpoints = (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt")
         self.seconds, self._started = 0.0, time.monotonic()  # of the parts before; of this one
         self.data_checksum, self._omega, self._omega_step = None, None, None
 
@@ -315,7 +314,12 @@ class Record:
                     raise
                 reason = f"{path} is damaged ({type(error).__name__}: {error})"
                 continue
-            self._refuse_others(content)
+            if content.get("format") != FORMAT:
+                _refuse(f"{self.directory} was checkpointed by another version of this code; continue with that one")
+            if other := _other_arguments(content["args"], content["step"], self.args):
+                _refuse(f"{self.directory} {other}")
+            if content["data_checksum"] != self.data_checksum:
+                _refuse(f"{self.directory} was begun with other data than --data_dir {self.args.data_dir} has")
             if reason:
                 warn(f"{reason}; continuing from {path.name}")
                 self._checkpoints[0].unlink()  # or else the next write would keep it in the place of the good one
@@ -324,14 +328,6 @@ class Record:
             reason = reason or "the run has ended, and its checkpoint is gone"
             _refuse(f"no good checkpoint in {self.directory}: {reason}; delete the directory")
         return None
-
-    def _refuse_others(self, content: dict) -> None:
-        if content.get("format") != FORMAT:
-            _refuse(f"{self.directory} was checkpointed by another version of this code; continue with that one")
-        if reason := _other_arguments(content["args"], content["step"], self.args):
-            _refuse(f"{self.directory} {reason}")
-        if content["data_checksum"] != self.data_checksum:
-            _refuse(f"{self.directory} was begun with other data than --data_dir {self.args.data_dir} has")
 
 
 @contextmanager
