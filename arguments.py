@@ -156,18 +156,6 @@ def parse(argv: list[str]) -> Namespace:
         values = getattr(args, flag)
         if len(set(values)) < len(values):
             raise UserError(f"argument --{flag}: got {_words(values)}, allowed is each value once")
-    _fill_in(args)
-    unused = unaffected(args)
-    for flag in sorted(given & unused.keys()):
-        raise UserError(f"argument --{flag}: got {_words(getattr(args, flag))}, but {unused[flag]}")
-    _check(args)
-    args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
-    args.name = args.name or _default_name(args)
-    return args
-
-
-def _fill_in(args: Namespace) -> None:
-    """Put lists in order, and defaults where they depend on other arguments."""
     if args.measure or hasattr(args, "draws"):
         args.measure = [name for name in MEASURES if name == "noise" or name in args.measure]
     for flag, value in dependent_defaults(args).items():
@@ -175,6 +163,13 @@ def _fill_in(args: Namespace) -> None:
     args.eps = sorted(set(args.eps), reverse=True)
     args.steps.sort()
     args.draw_batchsizes.sort()
+    unused = unaffected(args)
+    for flag in sorted(given & unused.keys()):
+        raise UserError(f"argument --{flag}: got {_words(getattr(args, flag))}, but {unused[flag]}")
+    _check(args)
+    args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
+    args.name = args.name or _default_name(args)
+    return args
 
 
 def dependent_defaults(args: Namespace) -> dict:

@@ -1,7 +1,4 @@
-"""Runs side by side, one at a time in each slot: forked once torch is loaded on a CPU, processes of their own on GPUs.
-
-CUDA does not survive a fork.
-"""
+"""Runs side by side: forked, once torch is loaded, on a CPU; processes on GPUs, as CUDA survives no fork."""
 
 import contextlib
 import importlib

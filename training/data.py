@@ -134,7 +134,7 @@ class Data:
 
 
 def draw_augmentation(rng: np.random.Generator, n: int, angle: float) -> np.ndarray:
-    """n random crops, flips and rotations in [−angle, angle] as `augmentation`; distributions as torchvision's."""
+    """n random crops, flips and rotations in [−angle, angle], as of `augmentation`; distributed as torchvision's."""
     dx, dy = rng.integers(-4, 5, size=(2, n))
     return augmentation(dx, dy, rng.random(n) < 0.5, rng.uniform(-angle, angle, n))
 
