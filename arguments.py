@@ -46,22 +46,21 @@ OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "ful
 # --- the parser ---------------------------------------------------------------------------------------------
 
 
-def run_name(text: str) -> str:
-    """A converter for the name of a run, an account or a project."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", text):
-        allowed = "up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, digit or _ in front"
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, allowed are {allowed}")
-    return text
+def matching(pattern: str, allowed: str) -> Callable:
+    """A converter for argparse of texts that match a pattern."""
+
+    def convert(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, allowed are {allowed}")
+        return text
+
+    return convert
 
 
-def device(text: str) -> str:
-    """A converter for the name of a device."""
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", text):
-        why = "; mps has no float64, in which norms are summed" if text == "mps" else ""
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are auto, cpu, cuda, cuda:0, cuda:1, …{why}")
-    return text
-
-
+NAME_ALLOWED = "up to 128 of the characters A-Z a-z 0-9 _ . , = + - with a letter, digit or _ in front"
+NAME = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,127}", NAME_ALLOWED)
+DEVICES = "auto, cpu, cuda, cuda:0, cuda:1, … (mps has no float64, in which norms are summed)"
+DEVICE = matching(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", DEVICES)
 POSITIVE = number(float, "a finite number above 0, at most 1e38", lambda v: 0 < v <= 1e38)
 COUNT = number(int, "a whole number of at least 1", lambda v: 1 <= v < 2**53)
 WHOLE = number(int, "a whole number of at least 0", lambda v: 0 <= v < 2**53)
@@ -73,7 +72,7 @@ SECONDS = number(float, "a finite number of seconds of at least 0", lambda v: v 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of main.py; its defaults are those of the authors' command line where they have the flag."""
+    """The parser of main.py; the defaults are the paper's."""
     parser = Parser(
         prog="main.py",
         allow_abbrev=False,
@@ -82,14 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="In the names of flags, - and _ mean the same. Exit status: 0 finished, 3 diverged, 2 error, "
         "129, 130 or 143 stopped with a checkpoint.",
     )
-    _add_experiment(parser.add_argument_group("the experiment (paper, section 2)").add_argument)
-    _add_measuring(parser.add_argument_group("what is measured").add_argument)
-    _add_machine(parser.add_argument_group("how it runs").add_argument)
-    _add_record(parser.add_argument_group("the record").add_argument)
-    return parser
-
-
-def _add_experiment(add: Callable) -> None:
+    add = parser.add_argument_group("the experiment (paper, section 2)").add_argument
     add("--mode", **one_of(*MODES), default="normal", help="which of the three experiments")
     add("--dataset", **one_of(*DATASETS), default="CIFAR100", help="mnist1d and digits need no download")
     add("--model", **one_of(*NETWORKS), default="ResNet18", help="network")
@@ -108,8 +100,7 @@ def _add_experiment(add: Callable) -> None:
     add("--max_steps", type=COUNT, metavar="N", help="ends any mode after so many updates")
     add("--seed", type=SEED, default=0, help="of weights, shuffling, augmentation, measuring")
 
-
-def _add_measuring(add: Callable) -> None:
+    add = parser.add_argument_group("what is measured").add_argument
     add("--measure_every", type=POSITIVE, metavar="E", help="measure ω first, once in every E epochs, and at the end")
     add("--measure", **one_of(*MEASURES), nargs="+", default=[], help="beyond the paper's ω of one mini-batch")
     draws = "mini-batches for --measure (default: 32, or 64 for shape); alone it means --measure noise"
@@ -123,25 +114,27 @@ def _add_measuring(add: Callable) -> None:
     add("--recalibrate", action="store_true", help="normal: also test with BatchNorm's statistics recomputed")
     memory = "splits the memory by the full gradients of the last K steps, each a full pass"
     add("--exact_memory", type=WHOLE, default=0, metavar="K", help=memory)
+    _add_running(parser)
+    return parser
 
 
-def _add_machine(add: Callable) -> None:
+def _add_running(parser: Parser) -> None:
+    add = parser.add_argument_group("how it runs").add_argument
     precisions = "default: PyTorch's, as the paper (TF32 on CUDA); ieee: float32 throughout; bf16: autocast"
-    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--device", type=DEVICE, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--precision", **one_of("default", "ieee", "bf16"), default="default", help=precisions)
     add("--cuda_graph", action="store_true", help="CUDA: replay the step as one captured graph")
     add("--deterministic", action="store_true", help="CUDA: same seed, same bits, slower")
     add("--save_memory", action="store_true", help="recompute activations in the backward pass: less memory, slower")
     add("--data_dir", type=path, default="data", metavar="DIR", help="where the data sets are cached")
 
-
-def _add_record(add: Callable) -> None:
+    add = parser.add_argument_group("the record").add_argument
     add("--runs_dir", type=path, default="runs", metavar="DIR", help="where runs are recorded")
-    add("--name", type=run_name, help="directory of this run below runs_dir (default: made of its arguments)")
+    add("--name", type=NAME, help="directory of this run below runs_dir (default: made of its arguments)")
     add("--resume", action="store_true", help="go on from the newest good checkpoint; start if there is none")
     add("--checkpoint_every", type=SECONDS, default=300.0, metavar="SECONDS", help="between two checkpoints")
-    add("--wandb_entity", type=run_name, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
-    add("--wandb_project", type=run_name, default="role_of_momentum", help="project to log to")
+    add("--wandb_entity", type=NAME, default="XXXXXX", help="account to log to; XXXXXX: none, log offline")
+    add("--wandb_project", type=NAME, default="role_of_momentum", help="project to log to")
     add("--wandb_mode", **one_of(*WANDB_MODES), help="default: WANDB_MODE, or by the entity")
 
 
@@ -163,18 +156,6 @@ def parse(argv: list[str]) -> Namespace:
         values = getattr(args, flag)
         if len(set(values)) < len(values):
             raise UserError(f"argument --{flag}: got {_words(values)}, allowed is each value once")
-    _fill_in(args)
-    unused = unaffected(args)
-    for flag in sorted(given & unused.keys()):
-        raise UserError(f"argument --{flag}: got {_words(getattr(args, flag))}, but {unused[flag]}")
-    _check(args)
-    args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
-    args.name = args.name or _default_name(args)
-    return args
-
-
-def _fill_in(args: Namespace) -> None:
-    """Put lists in order, and defaults where they depend on other arguments."""
     if args.measure or hasattr(args, "draws"):
         args.measure = [name for name in MEASURES if name == "noise" or name in args.measure]
     for flag, value in dependent_defaults(args).items():
@@ -182,6 +163,13 @@ def _fill_in(args: Namespace) -> None:
     args.eps = sorted(set(args.eps), reverse=True)
     args.steps.sort()
     args.draw_batchsizes.sort()
+    unused = unaffected(args)
+    for flag in sorted(given & unused.keys()):
+        raise UserError(f"argument --{flag}: got {_words(getattr(args, flag))}, but {unused[flag]}")
+    _check(args)
+    args.wandb_mode = args.wandb_mode or _wandb_mode(args.wandb_entity)
+    args.name = args.name or _default_name(args)
+    return args
 
 
 def dependent_defaults(args: Namespace) -> dict:
@@ -216,11 +204,6 @@ def unaffected(args: Namespace) -> dict[str, str]:
     return unused
 
 
-def takes(flag: str, args: Namespace) -> bool:
-    """Whether `flag` affects the run `args`."""
-    return flag not in unaffected(args)
-
-
 def _check(args: Namespace) -> None:
     spec = DATASETS[args.dataset]
     if not models.takes(args.model, spec.shape):
@@ -245,10 +228,9 @@ def _wandb_mode(entity: str) -> str:
     given = os.environ.get("WANDB_MODE") or ("offline" if entity == "XXXXXX" else "online")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # as transformers have taught people
         given = "disabled"
-    mode = {"dryrun": "offline", "run": "online"}.get(given, given)  # wandb's older names
-    if mode not in WANDB_MODES:
+    if given not in WANDB_MODES:
         raise UserError(f"argument --wandb_mode: the variable WANDB_MODE is {given!r}, allowed are {WANDB_MODES}")
-    return mode
+    return given
 
 
 def _words(value) -> str:
@@ -269,25 +251,21 @@ def _default_name(args: Namespace) -> str:
 
     Not ε, nor the cap of `critical`: more of them can be asked for later of the same run.
     """
-    relevant = result_arguments(args)
-    usual = ("mode", "dataset", "model", "optimizer", "batchsize", "lr", "beta1", "nu", "seed")
+    relevant, default = result_arguments(args), defaults() | dependent_defaults(args)
+    usual = dict.fromkeys(("mode", "dataset", "model", "optimizer"), "")
+    usual |= {"batchsize": "b", "lr": "lr", "beta1": "beta", "nu": "nu"}
+    parts = [label + _short(relevant[key]) for key, label in usual.items() if key in relevant]
     added_later = ("eps", "max_steps") if args.mode == "critical" else ()
-    parts = [args.mode, args.dataset, args.model, args.optimizer, f"b{args.batchsize}", f"lr{_short(args.lr)}"]
-    parts += [f"beta{_short(args.beta1)}"] if "beta1" in relevant else []
-    parts += [f"nu{_short(args.nu)}"] if "nu" in relevant else []
-    default = defaults() | dependent_defaults(args)
     for key in (action.dest for action in build_parser()._actions if action.dest in relevant):
         value = relevant[key]
-        if key not in (*usual, *added_later) and value != default[key]:
-            text = "+".join(map(str, value)) if isinstance(value, list) else value
-            text = _short(value) if isinstance(value, float) else text
-            parts.append(key if value is True else f"{key}{text}")
+        if key not in (*usual, *added_later, "seed") and value != default[key]:
+            parts.append(key if value is True else f"{key}{_short(value)}")
     return "-".join([*parts, f"seed{args.seed}"])
 
 
-def _short(value: float) -> str:
-    """The shortest text that is `value` again, 1 and not 1.0."""
-    return repr(value).removesuffix(".0")
+def _short(value) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.removesuffix(".0") if isinstance(value, float) else text
 
 
 def planned_steps(args: Namespace) -> int:

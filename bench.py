@@ -1,9 +1,7 @@
-"""How fast a step is: ours beside the bare PyTorch step and the textbook's loop, on random inputs.
+"""How fast a step is: ours beside the bare PyTorch step, on random inputs.
 
-bare      forward, backward and update by torch.optim.SGD, on one batch that is on the device: what no loop can beat
-textbook  torch.optim.SGD, loss.item() every step, and a DataLoader, of images with torchvision's PIL transforms in two
-          workers; in critical mode also a norm with .item() for each parameter, and the mean of a growing list
-ours      main.normal and main.critical as they are, records included, but without wandb and evaluation
+bare  forward, backward and update by torch.optim.SGD, on one batch that is on the device: what no loop can beat
+ours  main.normal and main.critical as they are, records included, but without wandb and evaluation
 
 Each side and round is a process of its own, which times a block of as many steps; the sides take turns. Shown are
 medians over the rounds, also of the ratios. Any other flag goes to main.py (--device, --cuda_graph).
@@ -19,7 +17,7 @@ import time
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from itertools import chain, count, repeat
+from itertools import count
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +28,6 @@ import numpy as np
 import torch
 import torch._dynamo  # an optimizer loads it, in a second: here, so that a forked side need not
 import torch.nn.functional as F
-import torchvision.transforms as T
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision.datasets import CIFAR100
 
 import arguments
 import main
@@ -48,7 +43,7 @@ MODES = {
     "normal": ["--mode", "normal", "--epochs", "1000000000"],
     "critical": ["--mode", "critical", "--min_epochs", "0", "--eps", "1e-9", "2e-9", "3e-9"],
 }
-WARM = 6  # steps before a block: of the textbook's batches, four are ready beforehand
+WARM = 6  # steps before a block
 TABLE = "{:16} {:>5} {:8} {:8} {:>9} {:>9}  {}"
 HEAD = ("network", "b", "mode", "side", "ms a step", "inputs/s", "ours is as fast")
 
@@ -81,38 +76,6 @@ def bare(args: Namespace, data: Data, clock: Clock) -> None:
         clock.at(made)
 
 
-def loader(args: Namespace, data: Data) -> DataLoader:
-    """The textbook's."""
-    if len(data.spec.shape) == 1:
-        return DataLoader(TensorDataset(data.x_train.cpu(), data.y_train.cpu()), args.batchsize, shuffle=True)
-    steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.RandomRotation(data.spec.angle)]
-    steps += [T.ToTensor(), T.Normalize(data.spec.mean, data.spec.std)]
-    images = CIFAR100.__new__(CIFAR100)  # torchvision's own, but not from its files
-    images.data, images.targets = data.x_train.cpu().numpy(), data.y_train.tolist()
-    images.transform, images.target_transform = T.Compose(steps), None
-    workers = {"num_workers": 2, "persistent_workers": True, "pin_memory": data.device.type == "cuda"}
-    return DataLoader(images, args.batchsize, shuffle=True, **workers)
-
-
-def textbook(args: Namespace, data: Data, clock: Clock) -> None:
-    """Training as it is commonly written."""
-    model = models.build(args.model, data.spec.classes).to(data.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.beta1)
-    losses, norms = [], []
-    for made, (x, y) in enumerate(chain.from_iterable(repeat(loader(args, data))), 1):
-        x, y = x.to(data.device, non_blocking=True), y.to(data.device, non_blocking=True)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        if args.mode == "critical":
-            norms.append(sum(p.grad.norm().item() ** 2 for p in model.parameters()) ** 0.5)
-            if sum(norms) / len(norms) <= min(args.eps):
-                break
-        optimizer.step()
-        losses.append(loss.item())
-        clock.at(made)
-
-
 def ours(args: Namespace, data: Data, clock: Clock) -> None:
     """main.py's own loop with its record. RuntimeError if training diverges."""
     record = Record(args)
@@ -125,7 +88,7 @@ def ours(args: Namespace, data: Data, clock: Clock) -> None:
     raise RuntimeError(f"{run.outcome} at step {run.step}: nothing to measure")
 
 
-SIDES = {"bare": bare, "textbook": textbook, "ours": ours}
+SIDES = {"bare": bare, "ours": ours}
 
 
 def random_data(args: Namespace, device: torch.device) -> Data:
@@ -142,8 +105,7 @@ def timed(side: str, argv: list[str], steps: int) -> float:
     with tempfile.TemporaryDirectory() as directory:
         args = arguments.parse([*argv, "--runs_dir", directory])
         device = utils.pick_device(args.device)
-        if side != "textbook":
-            utils.set_up(args)  # bare has our settings of memory and backends
+        utils.set_up(args)  # bare has our settings of memory and backends, too
         clock = Clock(device, steps)
         with suppress(utils.Stopped):
             SIDES[side](args, random_data(args, device), clock)

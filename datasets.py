@@ -19,13 +19,12 @@ TRAINING_SEED, TEST_SEED = 42, 43  # of MNIST-1D's signals; 42 is the package's 
 
 @dataclass(frozen=True)
 class Spec:
-    """A data set: how many inputs it has, what is done with them, and how they are read.
+    """A data set.
 
     mean, std: of the training inputs; images: a channel, on the scale [0, 1]; vectors: one number, or one an entry.
-    augmented, angle (of random rotations, in degrees): for 32×32 images.
-    read: takes the data set's name, its Spec and the directory of --data_dir, and gives the arrays x_train, y_train,
-    x_test, y_test: inputs (n, *shape), integer labels (n,). It raises OSError or UserError.
-    shape: of an input: (height, width, channels) is an image, uint8; (entries,) is a vector, float32.
+    augmented, angle (of random rotations, in degrees): for 32×32 images. shape: of an image (h, w, c), uint8, or of
+    a vector (d,), float32. read: takes the data set's name, its Spec and --data_dir, and gives the arrays x_train,
+    y_train, x_test, y_test: inputs (n, *shape), integer labels (n,). It raises OSError or UserError.
     """
 
     train_images: int
@@ -139,8 +138,7 @@ def download_cifar(name: str, spec: Spec, data_dir: Path) -> dict[str, np.ndarra
 def generate_mnist1d(name: str, spec: Spec, data_dir: Path) -> dict[str, np.ndarray]:
     """MNIST-1D (Greydanus and Kobak, arXiv 2011.14439) by the package of that name, in 8 s.
 
-    The training signals are the package's standard ones. The test signals are from another seed, and more: over its
-    1,000 an accuracy would have a standard error of 1.5 points.
+    The test signals are from another seed, and more: over its 1,000 an accuracy has a standard error of 1.5 points.
     """
     from mnist1d.data import get_dataset_args, make_dataset  # not at the top: it loads matplotlib and requests
 

@@ -4,7 +4,6 @@ normal    train, and measure the test accuracy after each epoch
 critical  count the steps until the running mean of the gradient norm is at most ε
 sampling  after some steps, measure the search direction noise ω_t = d_t − ∇f(x_t)
 
-`python main.py --help` lists the arguments, docs/record.md says what a run leaves behind.
 Torch takes seconds to load, so whatever needs it is imported in `main`, once the arguments are known to be good.
 """
 
@@ -65,11 +64,11 @@ def full_gradient_stop(run: "Training") -> dict:
     norms = {int(row["steps"]): float(row["full_gradient_norm"]) for row in reversed(rows)}
     if not norms:
         return {}
-    steps, reached, above = sorted(norms), {}, {}
+    reached, above = {}, {}
     for eps in run.args.eps:
-        first = next((step for step in steps if norms[step] <= eps), None)
-        before = [step for step in steps if first is None or step < first]
-        reached[repr(eps)], above[repr(eps)] = first, before[-1] if before else None
+        first = min((step for step in norms if norms[step] <= eps), default=None)
+        reached[repr(eps)] = first
+        above[repr(eps)] = max((step for step in norms if first is None or step < first), default=None)
     return {"steps_to_eps_full": reached, "last_above_eps_full": above}
 
 
@@ -92,8 +91,7 @@ def main(args: Namespace) -> int:
     from training.record import Record
 
     record = Record(args)
-    summary = record.check()
-    if summary:
+    if summary := record.check():
         print(f"{summary['status']} already, after {summary['steps']} steps: {record.directory}")
         print_results(summary["results"], lagging(args.model, summary["steps"]))
         return EXIT_STATUS[summary["status"]]
@@ -120,7 +118,7 @@ def main(args: Namespace) -> int:
 
 
 def experiment(run: "Training") -> int:
-    """Run the experiment of --mode, and record how it ended or where it was stopped. Returns the exit status."""
+    """Run the experiment of --mode, and record how it ended or was stopped. Returns the exit status."""
     try:
         results = EXPERIMENTS[run.args.mode](run)
     except Stopped as stop:

@@ -24,9 +24,7 @@ TORCH = {"momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "m
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent, d_t = g_t.
-
-    params: tensors or parameter groups. lr: η ≥ 0. Raises ValueError outside that range.
+    """Stochastic gradient descent, d_t = g_t. params: tensors or parameter groups. lr: η ≥ 0. Raises ValueError.
 
     torch.optim.SGD takes the states of SGD and SHB, and they take its.
     """
@@ -77,10 +75,7 @@ class SGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """x ← x − η d_t for every parameter that holds a gradient; `.grad` is left as it is.
-
-        closure: optional, computes the gradients again and returns the loss, which `step` then returns.
-        """
+        """x ← x − η d_t for every parameter that holds a gradient; `.grad` stays. Returns the loss of a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -98,11 +93,7 @@ class SGD(Optimizer):
 
     @torch.no_grad()
     def direction(self) -> list[Tensor]:
-        """d_t of the gradients now held, without taking the step: nothing changes.
-
-        Returns one new tensor a parameter, in the order of the parameter groups; zeros where a parameter
-        holds no gradient, since `step` would not move it.
-        """
+        """d_t of the gradients now held, without the step: a new tensor a parameter, zeros if it has no gradient."""
         direction = []
         for group, params, m, g in self._groups(peek=True):
             d = self._search_direction(m, [x.clone() for x in g], group) if params else []
@@ -121,10 +112,7 @@ class SGD(Optimizer):
 
 
 class SHB(SGD):
-    """Stochastic heavy ball, d_t = β m_{t−1} + g_t: what PyTorch calls SGD with momentum.
-
-    params: tensors or parameter groups. lr: η ≥ 0. momentum: β in [0, 1). ValueError outside these ranges.
-    """
+    """Stochastic heavy ball, d_t = β m_{t−1} + g_t: PyTorch's SGD with momentum. As SGD, and momentum: β in [0, 1)."""
 
     neutral = {key: value for key, value in TORCH.items() if key != "momentum"}  # noqa: RUF012
 
@@ -150,10 +138,7 @@ class SHB(SGD):
 
 
 class NSHB(SHB):
-    """Normalized stochastic heavy ball, d_t = β m_{t−1} + (1 − β) g_t; arguments as in SHB.
-
-    At the same lr its steps are 1 − β times as long as SHB's.
-    """
+    """Normalized stochastic heavy ball, d_t = β m_{t−1} + (1 − β) g_t: at an lr, steps 1 − β as long as SHB's."""
 
     neutral = {}  # noqa: RUF012 (torch's would be another momentum)
 

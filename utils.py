@@ -52,25 +52,14 @@ class Patient(io.FileIO):
 
 
 def usable_streams() -> None:
-    """Make stdin, stdout and stderr such that printing never fails: a closed one discards, no letter is refused.
-
-    Otherwise the next file opened would get the closed one's number, and what libraries print with it. A notebook's
-    streams, and any others that were put in their place, stay as they are.
-    """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open until the process ends)
+    """Make stdout and stderr such that printing never fails; those of a notebook stay as they are."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream in (sys.__stdout__, sys.__stderr__):
+        if stream and stream in (sys.__stdout__, sys.__stderr__):
             stream.flush()
-            raw = Patient(number, "w", closefd=False)
-            file = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED
-            options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", **options))
+            file = io.BufferedWriter(Patient(number, "w", closefd=False))
+            by_line = stream.line_buffering or stream.write_through  # PYTHONUNBUFFERED
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line))
 
 
 def as_command(main: Callable[[list[str]], int]) -> NoReturn:
@@ -91,10 +80,7 @@ SYNONYMS |= {"compile": "cuda_graph", "full_grad_every": "measure_every", "shape
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, instead of printing the usage and exiting.
-
-    In the names of flags, - and _ mean the same. A switch may be written --resume=True, as wandb's agents do.
-    """
+    """Raises UserError for a wrong command line; - and _ mean the same in flags, and --resume=True is --resume."""
 
     def parse_known_args(self, args=None, namespace=None):
         """Called by argparse's parse_args, too."""
@@ -118,15 +104,13 @@ class Parser(argparse.ArgumentParser):
         if not unrecognized:
             raise UserError(message)
         word = words.split(" ")[0]
-        hint = self._meant(word.partition("=")[0].lstrip("-")) if word[:1] == "-" else self._stray(word)
+        flag = word.partition("=")[0].lstrip("-")
+        meant = SYNONYMS.get(flag) or closest(flag, [action.dest for action in self._actions])
+        hint = self._stray(word) if word[:1] != "-" else f"; did you mean --{meant}?" if meant else ""
         raise UserError(f"{message}{hint}; --help lists what is allowed")
 
     def _action(self, word: str) -> argparse.Action | None:
         return self._option_string_actions.get(word.partition("=")[0])
-
-    def _meant(self, flag: str) -> str:
-        meant = SYNONYMS.get(flag) or closest(flag, [action.dest for action in self._actions])
-        return f"; did you mean --{meant}?" if meant else ""
 
     def _stray(self, word: str) -> str:
         """What to do about a value that belongs to no flag: too many for the one before it."""
@@ -189,10 +173,7 @@ def path(text: str) -> Path:
 
 @contextmanager
 def replacing(path: Path, keep: Path | None = None):
-    """A binary file to write that takes the place of `path` when it is complete and on disk, or never.
-
-    keep: where the file that was at `path` goes then, instead of being lost.
-    """
+    """A binary file to write that takes the place of `path` once it is on disk, or never. keep: where that goes."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -224,11 +205,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. OSError if it cannot be read, ValueError if it holds none."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no object")
-    return content
+    """The object in a JSON file; empty where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 # --- setting up ---------------------------------------------------------------------------------------------
@@ -259,15 +241,7 @@ def set_up(args: Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, instead of returning it to the system at once.
-
-    Otherwise every step waits for new, cleared pages: on the CPU (ResNet18) 10,000 page faults at b = 8, half a
-    million at b = 128, and a fifth to a third of the time. No effect with other C libraries.
-    """
+    # glibc keeps what a step frees, or each step waits for cleared pages, a fifth to a third of it (ResNet18).
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the max before glibc 2.35
@@ -312,10 +286,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handle(handler: Callable | signal.Handlers) -> dict:
-    """Have `handler` get the signals to stop. Returns {signal: the handler before}; empty outside the main thread.
-
-    One that is ignored stays so: SIGHUP under nohup, SIGINT in the background of a script.
-    """
+    """Have `handler` get the signals to stop but those ignored, as under nohup. Returns {signal: handler before}."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     heeded = [signum for signum in STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]

@@ -24,10 +24,7 @@ def takes(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def build(name: str, num_classes: int):
-    """The network `name`, an nn.Module for images (n, 3, 32, 32) or signals (n, 40) giving logits (n, num_classes).
-
-    Its weights are drawn from torch's global generator. ValueError if there is no such network.
-    """
+    """The network `name`: images (n, 3, 32, 32) or signals (n, 40) → logits (n, num_classes). Else ValueError."""
     if name not in NETWORKS:
         raise ValueError(f"no network called {name!r}; there are {', '.join(NETWORKS)}")
     module, network, _ = NETWORKS[name]

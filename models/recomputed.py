@@ -13,8 +13,7 @@ from utils import UserError
 def save_memory(model: nn.Module) -> None:
     """Have a network keep only each block's input for the backward pass, which recomputes the rest.
 
-    A block is a child of `model.layers`, an nn.Sequential, that has layers of its own. Outputs, gradients, buffers and
-    the names in state_dict stay as they are; a step takes longer. UserError without such `layers`.
+    A block is a child with layers of its own of `model.layers`, an nn.Sequential. UserError without such `layers`.
     """
     if not isinstance(getattr(model, "layers", None), nn.Sequential):
         raise UserError(f"argument --save_memory: {type(model).__name__} has no nn.Sequential called `layers`")

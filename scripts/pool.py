@@ -1,8 +1,4 @@
-"""Runs side by side, one at a time in each slot: their start, their log, their end, and stopping them together.
-
-On a CPU runs are forked from this process once it has loaded torch, which takes seconds that no run then waits for.
-On GPUs each run is a process of its own, as CUDA does not survive a fork.
-"""
+"""Runs side by side: forked, once torch is loaded, on a CPU; processes on GPUs, as CUDA survives no fork."""
 
 import contextlib
 import importlib
@@ -19,8 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from utils import STOPPING, handle, handling
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -43,10 +37,7 @@ class Run:
 
 
 def load() -> None:
-    """Import what a run imports, and do nothing else.
-
-    Once OpenMP has computed with two threads, a forked child that does so too hangs; nor may wandb's threads run.
-    """
+    """Import what a run does; compute nothing: once OpenMP has, with two threads, a forked child with two hangs."""
     for name in ("torch._dynamo", "main", "training.loop"):  # any optimizer of torch loads _dynamo, in a second
         importlib.import_module(name)
 
@@ -93,10 +84,7 @@ def _become(command: list[str], gpu: str | None, log: int, mask: set) -> None:
 
 def last_words(log: Path) -> str:
     """The error that the last run in `log` ended with, whatever libraries print at exit; else its last line."""
-    try:
-        lines = log.read_text(errors="replace").split("\n$ ")[-1].splitlines()
-    except OSError as error:
-        return str(error)
+    lines = log.read_text(errors="replace").split("\n$ ")[-1].splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
 

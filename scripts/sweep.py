@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from pool import Run, last_words, work
 
-from arguments import EXIT_STATUS, parse, takes
+from arguments import COUNT, EXIT_STATUS, WHOLE, parse, unaffected
 from training.record import read_summary, run_state
-from utils import Parser, UserError, as_command, number
+from utils import Parser, UserError, as_command
 
 # The grid: flags of main.py with their usual values, the last flag's varying fastest. Here each may have an s at its
 # end. Without values it is not swept: main.py's default then holds for every run.
@@ -44,21 +44,19 @@ def words(text: str) -> list[str]:
 
 
 def command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What is the sweep's own in `argv`, and the flags for main.py, which checks them. Raises UserError."""
+    """What is the sweep's own, and the flags for main.py, which checks them. Raises UserError."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="scripts/sweep.sh", description=__doc__, formatter_class=form, allow_abbrev=False)
-    few = number(int, "a whole number from 1 to 99", lambda v: 1 <= v <= 99)
-    whole = number(int, "a whole number of at least 0", lambda v: v >= 0)
     add = parser.add_argument
     add("mode", help="normal, critical or sampling; it comes first")
     for flag, values in LISTS.items():
         options = {"type": words, "nargs": "+", "action": "extend", "default": [], "metavar": "LIST"}
         add(f"--{flag}s", f"--{flag}", **options, help=f"default: {values or 'none, not swept'}")
     add("--gpus", type=words, metavar="LIST", help="default: CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists")
-    add("--jobs_per_gpu", type=few, default=1, metavar="N", help="on a CPU: in all; default: 1")
+    add("--jobs_per_gpu", type=COUNT, default=1, metavar="N", help="on a CPU: in all; default: 1")
     add("--dry_run", action="store_true", help="name every run and its state, and do nothing")
     add("--count", action="store_true", help="print how many runs there are, and do nothing")
-    add("--task", type=whole, metavar="K", help="become run K, counted from 0: for the arrays of a cluster")
+    add("--task", type=WHOLE, metavar="K", help="become run K, counted from 0: for the arrays of a cluster")
     own, flags = parser.parse_known_args(argv)
     if own.mode != argv[0]:
         raise UserError(f"argument mode: got {argv[0]!r} in its place, allowed are normal, critical, sampling")
@@ -70,32 +68,23 @@ def command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def points(own: argparse.Namespace) -> list[dict[str, str]]:
-    """The points of the grid in the order of their start, each {flag: value}. Raises UserError.
-
-    Longest first, so that no long run is left over when the other slots are idle. A small batch makes for many
-    steps; but `sampling` takes the same number of steps at each b, and there the large batches are the long ones.
-    """
-    swept = {}
-    for flag, usual in LISTS.items():
-        values = usual.split()
-        if flag == "batchsize" and own.mode == "sampling":
-            values.reverse()
-        values = getattr(own, f"{flag}s") or values
-        if values:
-            swept[flag] = values
-    of = {name: parse([f"--mode={own.mode}", f"--optimizer={name}"]) for name in swept["optimizer"]}
-    taken = {flag for flag in swept for args in of.values() if takes(flag, args)}
+    """The points of the grid, each {flag: value}, longest first, so that no long run is left over. UserError."""
+    swept = {flag: getattr(own, f"{flag}s") or usual.split() for flag, usual in LISTS.items()}
+    if own.mode == "sampling" and not own.batchsizes:
+        swept["batchsize"].reverse()  # as many steps at each b: the large batches take longest
+    swept = {flag: values for flag, values in swept.items() if values}
+    idle = {name: unaffected(parse([f"--mode={own.mode}", f"--optimizer={name}"])) for name in swept["optimizer"]}
+    refused = set.intersection(*map(set, idle.values()))  # what no optimizer takes stays, for main.py to refuse it
     found = []
     for values in itertools.product(*swept.values()):
         point = dict(zip(swept, values, strict=True))
-        # What no optimizer takes stays, for main.py to refuse it.
-        idle = [flag for flag in point if flag in taken and not takes(flag, of[point["optimizer"]])]
-        found.append({flag: value for flag, value in point.items() if flag not in idle})
+        dropped = idle[point["optimizer"]].keys() - refused
+        found.append({flag: value for flag, value in point.items() if flag not in dropped})
     return found
 
 
 def plan(own: argparse.Namespace, flags: list[str]) -> list[Run]:
-    """The runs of the grid, each once, and how each stands. Raises UserError if main.py refuses them all."""
+    """The runs of the grid, each once, and how each stands. UserError if main.py refuses them all."""
     begin = [os.environ.get("PYTHON") or sys.executable, str(ROOT / "main.py"), *flags, f"--mode={own.mode}"]
     runs = {}
     for point in points(own):
@@ -116,12 +105,11 @@ def look(run: Run) -> None:
         args = run.args = parse(run.command[2:])
         run.label, run.log = args.name, args.runs_dir / f"{args.name}.log"
         run.state = run_state(args)
-        summary = read_summary(args.runs_dir / args.name)
+        summary = read_summary(args.runs_dir / args.name) if run.state in EXIT_STATUS else None
     except (UserError, OSError) as error:
         run.state, run.note = "refused", f"error: {error}"
         return
-    early = summary and run.state in EXIT_STATUS and summary["results"].get("at_first_check")
-    if early:
+    if early := summary and summary["results"].get("at_first_check"):
         run.note = f"an upper bound, as reached at the first check: eps {' '.join(map(str, early))}"
 
 
@@ -138,10 +126,7 @@ def judge(run: Run) -> None:
 
 
 def pick_gpus(chosen: list[str] | None) -> list[str]:
-    """The GPUs to use: `chosen`, or those of CUDA_VISIBLE_DEVICES, or all there are.
-
-    Raises UserError if one of `chosen` is not of this machine: CUDA would see none, and the run take the CPU.
-    """
+    """`chosen`, or CUDA_VISIBLE_DEVICES, or all. UserError if one is not there: its run would take the CPU."""
     listed = subprocess.getoutput("nvidia-smi -L 2>/dev/null")
     found, uuids = re.findall(r"^GPU (\d+):", listed, re.MULTILINE), re.findall(r"UUID: ([\w/-]+)", listed)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -154,7 +139,7 @@ def pick_gpus(chosen: list[str] | None) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Show the plan, carry it out, and show what has become of it. Returns the exit status. UserError, OSError."""
+    """Show the plan, carry it out, and show what has become of it. Returns the exit status."""
     own, flags = command_line(argv)
     runs = plan(own, flags)
     if own.count:
@@ -172,8 +157,7 @@ def main(argv: list[str]) -> int:
     todo = [run for run in runs if run.state in ("new", "unfinished")]
     for run in runs:
         print(f"{run.state:12} {run}", flush=True)
-    same = len(points(own)) - len(runs)
-    if same:
+    if same := len(points(own)) - len(runs):
         print(f"dropped: {same} points that are the same run as another, as SGD with two β", flush=True)
     print(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time", flush=True)
     if own.dry_run:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,12 +23,10 @@ CONSTANT = {"draws", "entries", "probe_images"}  # the same at every step of a r
 
 
 class Dashboard:
-    """The wandb run of one run of ours; it does nothing where wandb is disabled, not installed or does not start.
+    """The wandb run of one run of ours, told by a thread of its own; it does nothing where wandb does not start.
 
-    A thread of its own talks to wandb, so that training never waits. All parts of a resumed run share one `run_id`.
-    Online, rows that wandb has already are not logged again. Offline, each part has a directory of its own, and
-    `wandb sync` of several keeps only the last: so the newest logs all rows again, and at its end the earlier
-    directories are removed.
+    Online, rows that wandb has already are not logged again. Offline, `wandb sync` keeps only the last directory of a
+    run: so the newest part logs all rows again, and at its end the earlier directories are removed.
     """
 
     def __init__(self, args: Namespace, directory: Path, config: dict, run_id: str):
@@ -48,8 +45,6 @@ class Dashboard:
 
     def replay(self, metrics: list[dict], measured: list[dict], omega: dict[int, np.ndarray]) -> None:
         """Log the rows of metrics.csv and measurements.csv, as text, and ω by its step, of the parts before."""
-        if self._run is None:
-            return
         steps = {int(row["steps"]): (_numbers(row), []) for row in metrics}
         for row in measured:
             steps.setdefault(int(row["steps"]), ({}, []))[1].append(_numbers(row))
@@ -69,7 +64,7 @@ class Dashboard:
             from wandb import Histogram
 
             shown["omega"] = Histogram(np_histogram=np.histogram(omega, bins=100))
-        self._send(lambda run: run.log(shown))
+        self._calls.put(lambda run: run.log(shown))
 
     def _charted(self, row: dict) -> dict:
         """What is shown of a row of measurements.csv; of a batch size other than training's, only the variance."""
@@ -93,12 +88,12 @@ class Dashboard:
                 totals |= {f"{_key(name)}/{eps}": each for eps, each in value.items()}
             elif name not in self._hidden:
                 totals[_key(name)] = value
-        self._send(lambda run: run.summary.update(totals))
+        self._calls.put(lambda run: run.summary.update(totals))
 
     def close(self, exit_code: int) -> None:
         """End the wandb run, within FINISH_LIMIT seconds, and say how what is not uploaded yet can be."""
-        self._send(lambda run: run.finish(exit_code=exit_code))
-        self._send(lambda _: [shutil.rmtree(directory, ignore_errors=True) for directory in self._earlier])
+        self._calls.put(lambda run: run.finish(exit_code=exit_code))
+        self._calls.put(lambda _: [shutil.rmtree(directory, ignore_errors=True) for directory in self._earlier])
         self._calls.put(None)
         self._thread.join(FINISH_LIMIT + 0.002 * self._calls.qsize())  # a replay takes time
         if hanging := self._thread.is_alive():
@@ -107,10 +102,6 @@ class Dashboard:
         if self._part and (self._offline or hanging or self._run is None):
             flag = "" if self._offline else "--include-online "
             print(f"wandb: to upload this run, `wandb sync {flag}{shlex.quote(str(self._part))}`", flush=True)
-
-    def _send(self, call: Callable) -> None:
-        if self._run is not None:
-            self._calls.put(call)
 
     def _work(self) -> None:
         for call in iter(self._calls.get, None):

@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 
 
 class Graphed:
-    """`step` as one captured graph for batches of `batchsize`; others, as the partial last one, run eagerly.
+    """`step(x, y)`, which returns tensors, as one captured graph; batches not of `batchsize` run eagerly.
 
-    step: takes inputs (b, …) and labels (b,), changes `model` and `optimizer`, and returns tensors. What a
-    group's numbers were (lr, momentum, …) is part of the graph: when one is changed, it is captured anew.
+    The numbers of a parameter group (lr, …) are part of the graph: when one is changed, it is captured anew.
     """
 
     def __init__(self, step: Callable[..., tuple], model: nn.Module, optimizer: Optimizer, batchsize: int):
@@ -25,7 +24,7 @@ class Graphed:
         """As `step`."""
         if len(y) != self.batchsize:
             return self.step(x, y)
-        now = (self.batchsize, *self._numbers())
+        now = [v for group in self.optimizer.param_groups for k, v in group.items() if k != "params"]
         if now != self.captured:
             self.x, self.y = x.clone(), y.clone()
             self._capture(x.device)
@@ -34,9 +33,6 @@ class Graphed:
         self.y.copy_(y)
         self.graph.replay()
         return tuple(out.clone() for out in self.out)  # the next replay overwrites them
-
-    def _numbers(self) -> list:
-        return [v for group in self.optimizer.param_groups for k, v in group.items() if k != "params"]
 
     def _capture(self, device: torch.device) -> None:
         # Warming up really trains, so what it changes is put back, in the memory that the graph will use.

@@ -1,7 +1,4 @@
-"""A run's directory, `<runs_dir>/<name>/`: its lock, growing files, checkpoints and end (docs/record.md).
-
-Sweeps ask it with `run_state` how a run stands, so nothing here loads torch on import.
-"""
+"""A run's directory, `<runs_dir>/<name>/` (docs/record.md). Sweeps ask it how a run stands: no torch on import."""
 
 import csv
 import fcntl
@@ -20,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from arguments import ENDLESS, EXIT_STATUS, defaults, lagging, planned_steps, result_arguments
+from arguments import ENDLESS, defaults, lagging, planned_steps, result_arguments
 from measure.quantities import INDEX, MEASURED, columns
 from training.dashboard import Dashboard
 from utils import UserError, environment, out_of_memory, plain, read_json, replacing, warn, write_json
@@ -31,7 +28,6 @@ METRICS = (
     *(*EVALUATED, "seconds"),
 )
 MEASUREMENTS = (*INDEX, *columns(*MEASURED), *EVALUATED)
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
 FORMAT = (5, METRICS, MEASUREMENTS)  # of a checkpoint; to continue from it is to add to files of these columns
 EXTENSIBLE = {"epochs", "max_steps", "eps"}  # a resumed run can be given more of these
 
@@ -43,15 +39,11 @@ def run_state(args: Namespace) -> str:
 
 
 def ended_run(args: Namespace) -> dict | None:
-    """The summary of the run `args` names, if it has ended and `args` ask for nothing more.
-
-    UserError if it was made with other arguments, or went further than `args` allow.
-    """
+    """The summary of the run `args` names, if it has ended and `args` ask for nothing more. UserError if refused."""
     summary = read_summary(args.runs_dir / args.name)
     if summary is None:
         return None
-    reason = _other_arguments(summary["args"], summary["steps"], args)
-    if reason:
+    if reason := _other_arguments(summary["args"], summary["steps"], args):
         _refuse(f"{args.runs_dir / args.name} {reason}")
     if args.mode == "critical" and not set(args.eps) <= set(summary["args"]["eps"]):
         return None
@@ -76,36 +68,15 @@ def _refuse(reason: str) -> NoReturn:
     raise UserError(f"argument --resume: {reason}, or give another --name")
 
 
-def read_args(directory: Path) -> dict:
-    """args.json of the run in `directory`; empty where it is missing or damaged."""
-    try:
-        return read_json(directory / "args.json")
-    except (OSError, ValueError):
-        return {}
-
-
 def read_summary(directory: Path) -> dict | None:
     """summary.json of a run that has ended; None where there is none, or where it is damaged (with a warning)."""
     path = directory / "summary.json"
-    try:
-        summary = read_json(path)
-        if summary["status"] in EXIT_STATUS and summary["steps"] >= 0 and isinstance(summary["args"], dict):
-            return summary
-        raise ValueError("unknown status")
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        warn(f"{path} is damaged ({error}); the run counts as unfinished")
-        return None
-
-
-def warn_of_other_bits(before: dict, now: dict) -> None:
-    """A warning if this part of a run has another environment than the one before, which may change bits."""
-    keys = ["torch", "numpy", "device", "git_commit"]
-    keys += ["threads", "cpu"] if now["device"] == "cpu" else []
-    changed = [f"{key} {now[key]} (was {before.get(key)})" for key in keys if before.get(key) != now[key]]
-    if changed:
-        warn(f"resumed with {', '.join(changed)}: the last bits may differ from an uninterrupted run's; see args.json")
+    summary = read_json(path)
+    if summary.keys() >= {"status", "steps", "args"}:
+        return summary
+    if path.exists():
+        warn(f"{path} is damaged; the run counts as unfinished")
+    return None
 
 
 class Growing:
@@ -115,7 +86,7 @@ class Growing:
         self.path, self.check, self.size = path, check, 0
 
     def append(self, content: bytes) -> None:
-        """Add `content`."""
+        """Add to its end."""
         self.check()
         with open(self.path, "ab") as file:
             file.write(content)
@@ -137,13 +108,12 @@ class Growing:
 
     def cut(self, size: int) -> None:
         """Keep the first `size` bytes, or no file if it is 0. UserError if the file holds fewer."""
-        found = self.size_on_disk()
-        if found < size:
+        if (found := self.size_on_disk()) < size:
             _refuse(f"{self.path} holds {found} bytes, the checkpoint counts on {size}; delete the directory")
-        if size == 0:
-            self.path.unlink(missing_ok=True)
-        elif found > size:
+        if size:
             os.truncate(self.path, size)
+        else:
+            self.path.unlink(missing_ok=True)
         self.size = size
 
 
@@ -190,15 +160,12 @@ class Record:
         self.measurements = Rows(self.directory / "measurements.csv", self._check_still, MEASUREMENTS)
         self._growing = (self.metrics, self.norms, self.measurements)
         self._lock_path = self.directory / ".lock"
-        self._checkpoints = [self.directory / name for name in CHECKPOINTS]
+        self._checkpoints = (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt")
         self.seconds, self._started = 0.0, time.monotonic()  # of the parts before; of this one
         self.data_checksum, self._omega, self._omega_step = None, None, None
 
     def check(self) -> dict | None:
-        """The summary of this run if it has ended and the arguments ask for nothing more. Writes nothing.
-
-        UserError if it exists without --resume, is another process's, had other arguments or cannot be used.
-        """
+        """`ended_run` with --resume; UserError also if the run is another process's. Writes nothing."""
         with _usable(self.directory):
             if self._lock_path.exists():
                 with open(self._lock_path, "a") as file:  # to append, since NFS locks no file that is only read
@@ -213,7 +180,6 @@ class Record:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = open(self._lock_path, "a")  # noqa: SIM115 (held until the process ends)
             self._lock(self._lock_file)
-            self._check_still()
             self._refuse_existing()  # `check` saw none, but another process may have come between
 
     def _lock(self, file) -> None:
@@ -233,21 +199,17 @@ class Record:
     def _refuse_existing(self) -> None:
         if self.args.resume or not self.directory.exists() or not set(os.listdir(self.directory)) - {".lock"}:
             return
-        summary, before = read_summary(self.directory), read_args(self.directory).get("args")
-        reason = _other_arguments(before, summary["steps"] if summary else 0, self.args) if before else ""
-        advice = f" and {reason}, or another --name" if reason else "; --resume continues it, another --name begins"
-        status = summary["status"] if summary else "unfinished"
-        raise UserError(f"argument --name: {self.directory} exists already ({status}){advice}")
+        status = (read_summary(self.directory) or {"status": "unfinished"})["status"]
+        advice = "--resume continues it, another --name begins a new one"
+        raise UserError(f"argument --name: {self.directory} exists already ({status}); {advice}")
 
     def begin(self, device, step: int) -> None:
         """Start logging at `step` on a torch.device. An agent, not a shell, names the wandb run by WANDB_RUN_ID."""
         self._check_still()
-        before = read_args(self.directory)
+        before = read_json(self.directory / "args.json")
         same_run = before.get("args", {}).get("name") == self.args.name  # and no copy under another name
         parts = [part for part in before.get("environments", []) if part["first_step"] < step]
         now = {"first_step": step} | environment(device)
-        if parts:
-            warn_of_other_bits(parts[-1], now)
         own_id = (same_run and before.get("wandb_id")) or uuid.uuid4().hex[:12]
         run_id = (os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) or own_id
         about = {"args": vars(self.args), "data_checksum": self.data_checksum}
@@ -263,18 +225,13 @@ class Record:
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def log(self, row: dict | None, measured: list[dict], say: bool) -> None:
-        """Add what one step gives to metrics.csv and measurements.csv, and as one row to wandb.
-
-        row: the columns METRICS but `seconds`; None at step 0, which is only measured. measured: rows of the columns
-        MEASUREMENTS. say: print `row` too.
-        """
+        """Log one step: a row of METRICS without `seconds` (None at step 0) and rows of MEASUREMENTS. say: print."""
         if row is not None:
             row = row | {"seconds": round(self.elapsed(), 3)}
             self.metrics.append_row(row)
         for each in measured:
             self.measurements.append_row(each)
-        if row or measured:
-            self.dashboard.log(row or {}, measured, self._omega)
+        self.dashboard.log(row or {}, measured, self._omega)
         self._omega = None
         if row and say:
             line = " ".join(f"{key} {row[key]:.4g}" for key in METRICS[1:] if row.get(key) is not None)
@@ -329,14 +286,10 @@ class Record:
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            reason = f"no checkpoint could be written ({cause}); the one before is kept, if there is one"
-            raise OSError(reason) from error
+            raise OSError(f"no checkpoint could be written ({cause}); the one before, if any, is kept") from error
 
     def load_checkpoint(self) -> dict | None:
-        """The newest whole checkpoint, on the CPU, and the growing files cut back to its sizes; None if none.
-
-        UserError if all are damaged, or if its format, arguments, data or files are not what they should be.
-        """
+        """The newest whole checkpoint, on the CPU, the files cut back to its sizes; None if none. UserError if bad."""
         content = self._newest_whole()
         for file in self._growing:
             file.cut(content["sizes"][file.path.name] if content else 0)
@@ -349,7 +302,7 @@ class Record:
     def _newest_whole(self) -> dict | None:
         import torch
 
-        damaged = {}
+        reason = ""
         for path in filter(Path.exists, self._checkpoints):
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -359,27 +312,22 @@ class Record:
             except Exception as error:  # whatever garbage in a file brings about
                 if out_of_memory(error):
                     raise
-                damaged[path] = f"{path} is damaged ({type(error).__name__}: {error})"
+                reason = f"{path} is damaged ({type(error).__name__}: {error})"
                 continue
-            self._refuse_others(content)
-            for other, reason in damaged.items():
+            if content.get("format") != FORMAT:
+                _refuse(f"{self.directory} was checkpointed by another version of this code; continue with that one")
+            if other := _other_arguments(content["args"], content["step"], self.args):
+                _refuse(f"{self.directory} {other}")
+            if content["data_checksum"] != self.data_checksum:
+                _refuse(f"{self.directory} was begun with other data than --data_dir {self.args.data_dir} has")
+            if reason:
                 warn(f"{reason}; continuing from {path.name}")
-                other.unlink()  # or else the next write would keep it in the place of the good one
+                self._checkpoints[0].unlink()  # or else the next write would keep it in the place of the good one
             return content
-        if damaged or read_summary(self.directory):
-            reasons = "; ".join(damaged.values()) or "the run has ended, and its checkpoint is gone"
-            _refuse(f"no good checkpoint in {self.directory}: {reasons}; delete the directory")
+        if reason or read_summary(self.directory):
+            reason = reason or "the run has ended, and its checkpoint is gone"
+            _refuse(f"no good checkpoint in {self.directory}: {reason}; delete the directory")
         return None
-
-    def _refuse_others(self, content: dict) -> None:
-        if content.get("format") != FORMAT:
-            _refuse(f"{self.directory} was checkpointed by another version of this code; continue with that one")
-        reason = _other_arguments(content["args"], content["step"], self.args)
-        if content["data_checksum"] != self.data_checksum and not reason:
-            checksums = f"checksum {content['data_checksum']}, now {self.data_checksum}"
-            reason = f"was begun with other data than --data_dir {self.args.data_dir} has ({checksums}); give the same"
-        if reason:
-            _refuse(f"{self.directory} {reason}")
 
 
 @contextmanager

@@ -4,10 +4,7 @@ import numpy as np
 
 
 def running_means(norms: np.ndarray, total: float = 0.0, steps: int = 0) -> np.ndarray:
-    """The mean of ‖g_t‖ over all steps since the first, after each step of `norms`, in float64.
-
-    norms: ‖g_t‖ of consecutive steps. total, steps: sum and number of the norms before them. O(1) a step.
-    """
+    """The mean of ‖g_t‖ since the first step, after each of `norms`; total, steps: sum and number of those before."""
     return running_sums(norms, total) / np.arange(steps + 1, steps + len(norms) + 1)
 
 
@@ -17,10 +14,7 @@ def running_sums(norms: np.ndarray, total: float = 0.0) -> np.ndarray:
 
 
 def first_crossing(means: np.ndarray, first: int, eps: float, first_check: int) -> int | None:
-    """The first step, not before `first_check`, at which the running mean is at most ε; None if there is none.
-
-    means: of consecutive steps, beginning with step number `first`.
-    """
+    """The first step, not before `first_check`, with a running mean of at most ε, or None. first: of means[0]."""
     start = max(0, first_check - first)
     below = np.flatnonzero(means[start:] <= eps)
     return first + start + int(below[0]) if below.size else None
@@ -32,20 +26,14 @@ def first_check(min_epochs: int, steps_per_epoch: int) -> int:
 
 
 class StoppingRule:
-    """Follows the running mean of a run step by step; `reached` is {ε as text: first step, or None}.
-
-    every_eps: thresholds. check: the step at which the check starts, as `first_check` has it.
-    """
+    """Follows the running mean of a run; `reached` is {ε as text: first step, or None}. check: as `first_check`."""
 
     def __init__(self, every_eps: list[float], check: int):
         self.every_eps, self.check, self.total = every_eps, check, 0.0
         self.reached = {repr(eps): None for eps in every_eps}
 
     def follow(self, norms: np.ndarray, total: float = 0.0, steps: int = 0) -> bool:
-        """Take in ‖g_t‖ of further steps, of which `steps` with sum `total` went before; whether all ε are reached.
-
-        Steps may be given again.
-        """
+        """Take in ‖g_t‖ of steps, before which were `steps` with sum `total`; whether all ε are reached."""
         means = running_means(norms, total, steps)
         for eps in self.every_eps:
             if self.reached[repr(eps)] is None:
