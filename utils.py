@@ -52,10 +52,19 @@ class Patient(io.FileIO):
 
 
 def usable_streams() -> None:
-    """Make stdout and stderr such that printing never fails; those of a notebook stay as they are."""
+    """Make stdout and stderr such that printing never fails; those of a notebook stay as they are.
+
+    A closed stream discards. Otherwise the next file opened would get its number, and what libraries print with it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open until the process ends)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream and stream in (sys.__stdout__, sys.__stderr__):
+        if stream in (sys.__stdout__, sys.__stderr__):
             stream.flush()
             file = io.BufferedWriter(Patient(number, "w", closefd=False))
             by_line = stream.line_buffering or stream.write_through  # PYTHONUNBUFFERED

@@ -182,10 +182,10 @@ def test_the_commit_of_a_repository_around_a_copy_is_not_ours(tmp_path):
         assert (done.stdout != "None\n") == known, done
 
 
-@pytest.mark.parametrize("closed", ["", ">&-", ">/dev/full"])
+@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-", ">/dev/full"])
 def test_printing_never_fails(closed, tmp_path):
-    """Not where stdout knows no ε, is full or closed."""
-    code = "import utils; utils.usable_streams(); f = open('opened', 'w'); print('ε'); f.write('True')"
+    """Not where stdout knows no ε or is full, nor where it is closed: the next file opened must not get its number."""
+    code = "import utils; utils.usable_streams(); f = open('opened', 'w'); print('ε'); f.write(str(f.fileno() > 2))"
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", f'{sys.executable} -c "{code}" {closed}']
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
