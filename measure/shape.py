@@ -40,53 +40,38 @@ def shape(
         raise ValueError(f"the shape needs at least 4 draws, got {len(draws)}")
     if any(len(vector) != d for vector in [*draws, *directions.values()]) or sum(layers.values()) not in (0, d):
         raise ValueError(f"draws, directions and layers must have as many entries as the full gradient, {d}")
-    sums, start = {}, 0
+    parts, start = {}, 0
     for name, size in (layers or {"all": d}).items():
-        sums[name] = _sums(draws, full, list(directions.values()), range(start, start + size), between)
+        parts[name] = _sums(draws, full, list(directions.values()), range(start, start + size), between)
         start += size
-    whole = [sum(parts) for parts in zip(*sums.values(), strict=True)]
-    return {name: _numbers(each, list(directions)) for name, each in ({"all": whole} | sums).items()}
+    whole = {key: sum(each[key] for each in parts.values()) for key in next(iter(parts.values()))}
+    return {name: _numbers(each, list(directions)) for name, each in ({"all": whole} | parts).items()}
 
 
 def _sums(
     draws: list[Tensor], full: Tensor, directions: list[Tensor], coordinates: range, between: Callable[[float], None]
-) -> list[np.ndarray]:
-    """What adds up over coordinates: `_coordinate_sums`, the first four powers of each draw's entries (4, M),
-    ω_iᵀω_j (M, M), and ω_iᵀu for each direction u (M, ·).
-    """
-    m = len(draws)
-    total = [np.zeros(len(SUMS)), np.zeros((4, m)), np.zeros((m, m)), np.zeros((m, len(directions)))]
+) -> dict[str, np.ndarray]:
+    """What adds up over coordinates, block by block; one that is the same in all draws has no shape."""
+    totals, half = {}, len(draws) // 2
     for start in range(coordinates.start, coordinates.stop, BLOCK):
         between(0)
         block = slice(start, min(start + BLOCK, coordinates.stop))
-        omega = torch.stack([g[block] for g in draws]) - full[block]
-        omega = omega.double().cpu().numpy()
+        omega = (torch.stack([g[block] for g in draws]) - full[block]).double().cpu().numpy()
         fixed = torch.stack([u[block] for u in directions]).double().cpu().numpy()
-        square = omega**2
-        powers = np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)])
-        total[0] += _coordinate_sums(omega)
-        total[1] += powers
-        total[2] += omega @ omega.T
-        total[3] += omega @ fixed.T
-    return total
-
-
-HALVES = ("variance 1", "variance 2", "product")  # of the two halves of the draws, and of both
-SUMS = ("entries", "moving", *HALVES, "G2", "rejected", "tails", "1/hill")
-
-
-def _coordinate_sums(omega: np.ndarray) -> np.ndarray:
-    """`SUMS` over the coordinates of a block, omega (M, B); one that is the same in all draws has no shape."""
-    half = len(omega) // 2
-    # The halves are independent: the mean of the product is σ⁴, whatever the law, where a square's is larger.
-    one, two = omega[:half].var(axis=0, ddof=1), omega[half:].var(axis=0, ddof=1)
-    kurtosis, p = normality(omega)
-    rejected = (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan
-    inverse = inverse_hill(omega)
-    tails = inverse[np.isfinite(inverse)]
-    moving = np.isfinite(kurtosis).sum()
-    sums = [omega.shape[1], moving, one.sum(), two.sum(), one @ two, np.nansum(kurtosis), rejected]
-    return np.array([*sums, len(tails), tails.sum()])
+        # The halves are independent: the mean of the product is σ⁴, whatever the law, where a square's is larger.
+        one, two = omega[:half].var(axis=0, ddof=1), omega[half:].var(axis=0, ddof=1)
+        kurtosis, p = normality(omega)
+        inverse, square = inverse_hill(omega), omega**2
+        tails = inverse[np.isfinite(inverse)]
+        sums = {
+            **{"entries": omega.shape[1], "moving": np.isfinite(kurtosis).sum(), "kurtosis": np.nansum(kurtosis)},
+            **{"first half": one.sum(), "second half": two.sum(), "product": one @ two},
+            **{"rejected": (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan},
+            **{"tails": len(tails), "inverse_hill": tails.sum(), "gram": omega @ omega.T, "along": omega @ fixed.T},
+            "powers": np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)]),
+        }
+        totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
+    return totals
 
 
 def normality(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,34 +107,29 @@ def _normal_tail(m: int) -> float:
     return inverse_hill(np.random.default_rng(0).standard_normal((m, 10_000))).mean()
 
 
-def _numbers(sums: list[np.ndarray], names: list[str]) -> dict[str, float]:
+def _numbers(sums: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
     """What docs/measuring.md lists; nan where nothing moves."""
-    total, powers, gram, projections = dict(zip(SUMS, sums[0], strict=True)), *sums[1:]
-    d, moving = total["entries"], total["moving"]
+    d, moving, gram = sums["entries"], np.float64(sums["moving"]), sums["gram"]
     trace, ratio = _covariance(gram)
+    mean, second, third, fourth = sums["powers"] / d  # of each draw's entries
+    pooled = (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / (second - mean**2) ** 2 - 3
     numbers = {
         "entries": int(d),
         "moving": int(moving),
         "noise_trace": trace,
         "isotropy": d * ratio,
         "effective_rank": 1 / ratio,
-        "coordinate_kurtosis": total["G2"] / moving,
-        "non_normal_share": total["rejected"] / moving,
-        "pooled_kurtosis": _pooled(powers / d).mean(),
-        "scales_kurtosis": 3 * d * total["product"] / (total["variance 1"] * total["variance 2"]) - 3,
-        "hill": total["tails"] / total["1/hill"],
+        "coordinate_kurtosis": sums["kurtosis"] / moving,
+        "non_normal_share": sums["rejected"] / moving,
+        "pooled_kurtosis": pooled.mean(),
+        "scales_kurtosis": 3 * d * sums["product"] / (sums["first half"] * sums["second half"]) - 3,
+        "hill": sums["tails"] / sums["inverse_hill"],
         "hill_normal": 1 / _normal_tail(len(gram)),
     }
     numbers |= _principal_components(gram)
-    along, _ = normality(projections)
+    along, _ = normality(sums["along"])
     numbers |= {f"{name}_kurtosis": kurtosis for name, kurtosis in zip(names, along, strict=True)}
     return {key: value if isinstance(value, int) else float(value) for key, value in numbers.items()}
-
-
-def _pooled(powers: np.ndarray) -> np.ndarray:
-    """The excess kurtosis of each draw's entries, from the means of their first four powers (4, M)."""
-    mean, second, third, fourth = powers
-    return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / (second - mean**2) ** 2 - 3
 
 
 def _covariance(gram: np.ndarray) -> tuple[float, float]:
