@@ -3,18 +3,10 @@
 Writes page.md, a CSV a table and an image a figure to --out. Reads the records only, never wandb.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
-try:
-    import matplotlib  # noqa: F401
-except ValueError:  # MPLBACKEND names a backend that it does not know; figures need none
-    del os.environ["MPLBACKEND"]
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        del sys.modules[name]  # half loaded
-
 from arguments import WHOLE
 from report import page, records
 from utils import Parser, UserError, as_command, one_of, path, replacing
@@ -26,8 +18,12 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
     add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
-    rule = "passes before the check for ε starts (default: as critical runs had it, or 11)"
-    add("--min_epochs", metavar="N", type=WHOLE, help=rule)
+    add(
+        "--min_epochs",
+        metavar="N",
+        type=WHOLE,
+        help="passes before the check for ε (default: as critical runs, or 11)",
+    )
     add("--format", **one_of("png", "pdf"), default="png", help="of the figures (default: png)")
     args = parser.parse_args(argv)
     runs = records.runs(args.runs_dir)

@@ -1,8 +1,7 @@
 """The shape of mini-batch noise across M draws at one x_t: isotropy, normality, tails.
 
-A histogram of one ω's entries shows how unequal their scales are, and not whether ω is normal. So coordinates are
-followed across draws, and covariances come from the pair differences e_k = (g_{2k−1} − g_{2k})/√2, which have mean
-exactly zero and covariance Σ, whatever the mean of g is. Definitions and sources: docs/measuring.md.
+Coordinates are followed across draws, and covariances come from the pair differences e_k = (g_{2k−1} − g_{2k})/√2, of
+mean zero and covariance Σ, whatever the mean of g is. Definitions and sources: docs/measuring.md.
 """
 
 from collections.abc import Callable
@@ -29,10 +28,9 @@ def shape(
 ) -> dict[str, dict[str, float]]:
     """The shape of the noise g_i − ∇f, of the whole vector as "all" and of each layer.
 
-    draws: M ≥ 4 gradients g_i, independent, flat (d,), as `budget` hands them to `keep`. full: ∇f, flat (d,), in the
-    same order. directions: vectors (d,) fixed beforehand, such as the memory; ∇f itself is one. layers: the number
-    of entries of each, in order. between: called with 0 before every block of coordinates. Memory: the draws, which
-    stay where they are, and one block. ValueError for fewer draws, or lengths that do not agree.
+    draws: M ≥ 4 independent gradients g_i, flat (d,), as `budget` hands them to `keep`. full: ∇f, flat (d,).
+    directions: vectors (d,) fixed beforehand, such as the memory; ∇f itself is one. layers: the number of entries of
+    each, in order. between: called with 0 before every block. ValueError for fewer draws, or lengths that differ.
     """
     layers, directions = layers or {}, {"gradient": full} | (directions or {})
     d = len(full)
@@ -40,45 +38,41 @@ def shape(
         raise ValueError(f"the shape needs at least 4 draws, got {len(draws)}")
     if any(len(vector) != d for vector in [*draws, *directions.values()]) or sum(layers.values()) not in (0, d):
         raise ValueError(f"draws, directions and layers must have as many entries as the full gradient, {d}")
-    parts, start = {}, 0
+    blocks, at = {}, 0
     for name, size in (layers or {"all": d}).items():
-        parts[name] = _sums(draws, full, list(directions.values()), range(start, start + size), between)
-        start += size
-    whole = {key: sum(each[key] for each in parts.values()) for key in next(iter(parts.values()))}
-    return {name: _numbers(each, list(directions)) for name, each in ({"all": whole} | parts).items()}
+        blocks[name] = []
+        for start in range(at, at + size, BLOCK):
+            between(0)
+            block = slice(start, min(start + BLOCK, at + size))
+            omega = torch.stack([g[block] for g in draws]) - full[block]
+            fixed = torch.stack([u[block] for u in directions.values()])
+            blocks[name].append(_sums(omega.double().cpu().numpy(), fixed.double().cpu().numpy()))
+        at += size
+    blocks = {"all": [sums for each in blocks.values() for sums in each]} | blocks
+    return {name: _numbers(each, list(directions)) for name, each in blocks.items()}
 
 
-def _sums(
-    draws: list[Tensor], full: Tensor, directions: list[Tensor], coordinates: range, between: Callable[[float], None]
-) -> dict[str, np.ndarray]:
-    """What adds up over coordinates, block by block; one that is the same in all draws has no shape."""
-    totals, half = {}, len(draws) // 2
-    for start in range(coordinates.start, coordinates.stop, BLOCK):
-        between(0)
-        block = slice(start, min(start + BLOCK, coordinates.stop))
-        omega = (torch.stack([g[block] for g in draws]) - full[block]).double().cpu().numpy()
-        fixed = torch.stack([u[block] for u in directions]).double().cpu().numpy()
-        # The halves are independent: the mean of the product is σ⁴, whatever the law, where a square's is larger.
-        one, two = omega[:half].var(axis=0, ddof=1), omega[half:].var(axis=0, ddof=1)
-        kurtosis, p = normality(omega)
-        inverse, square = inverse_hill(omega), omega**2
-        tails = inverse[np.isfinite(inverse)]
-        sums = {
-            **{"entries": omega.shape[1], "moving": np.isfinite(kurtosis).sum(), "kurtosis": np.nansum(kurtosis)},
-            **{"first half": one.sum(), "second half": two.sum(), "product": one @ two},
-            **{"rejected": (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan},
-            **{"tails": len(tails), "inverse_hill": tails.sum(), "gram": omega @ omega.T, "along": omega @ fixed.T},
-            "powers": np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)]),
-        }
-        totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
-    return totals
+def _sums(omega: np.ndarray, fixed: np.ndarray) -> dict[str, np.ndarray]:
+    """What adds up over blocks of coordinates, of draws (M, B) and directions (·, B)."""
+    half = len(omega) // 2
+    # The halves are independent: the mean of the product is σ⁴, whatever the law, where a square's is larger.
+    one, two = omega[:half].var(axis=0, ddof=1), omega[half:].var(axis=0, ddof=1)
+    kurtosis, p = normality(omega)
+    inverse, square = inverse_hill(omega), omega**2
+    tails = inverse[np.isfinite(inverse)]
+    return {
+        **{"entries": omega.shape[1], "moving": np.isfinite(kurtosis).sum(), "kurtosis": np.nansum(kurtosis)},
+        **{"first half": one.sum(), "second half": two.sum(), "product": one @ two},
+        **{"rejected": (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan},
+        **{"tails": len(tails), "inverse_hill": tails.sum(), "gram": omega @ omega.T, "along": omega @ fixed.T},
+        "powers": np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)]),
+    }
 
 
 def normality(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each column of `values` (M, ·): the unbiased excess kurtosis G2, and the p of D'Agostino and Pearson's K².
 
-    G2 has mean 0 for a normal. p is nan below M = 20, where K² is not near χ². Both are nan for a column that is
-    constant but for rounding.
+    p is nan below M = 20, where K² is not near χ²; both are for a column that is constant but for rounding.
     """
     kurtosis, p = np.full((2, values.shape[1]), np.nan)
     moving = np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
@@ -92,8 +86,7 @@ def normality(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def inverse_hill(values: np.ndarray) -> np.ndarray:
     """Hill's estimate of 1/α for each column of `values` (M, ·): P(|x| > r) ~ r^−α, from the tenth farthest out.
 
-    Distances are from the column's mean, k = max(2, M/10) of them count. Biased for every law but Pareto's: compare
-    with a normal's.
+    Biased for every law but Pareto's: compare with a normal's.
     """
     k = max(2, len(values) // 10)
     distances = np.abs(values - values.mean(axis=0)).T.copy()
@@ -107,8 +100,9 @@ def _normal_tail(m: int) -> float:
     return inverse_hill(np.random.default_rng(0).standard_normal((m, 10_000))).mean()
 
 
-def _numbers(sums: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
-    """What docs/measuring.md lists; nan where nothing moves."""
+def _numbers(blocks: list[dict[str, np.ndarray]], names: list[str]) -> dict[str, float]:
+    """What docs/measuring.md lists, from the `_sums` of blocks; nan where nothing moves."""
+    sums = {key: sum(each[key] for each in blocks) for key in blocks[0]}
     d, moving, gram = sums["entries"], np.float64(sums["moving"]), sums["gram"]
     trace, ratio = _covariance(gram)
     mean, second, third, fourth = sums["powers"] / d  # of each draw's entries

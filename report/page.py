@@ -90,18 +90,12 @@ def _measured(every, name):
     if name == "sharpness":
         ends = zip(*map(theory.thresholds, table["optimizer"], table["lr"], table["beta1"]), strict=True)
         return table.assign(**dict(zip(("threshold_low", "threshold_high"), ends, strict=True)))
-    return _with_formula(table, every) if name == "delta" else table
-
-
-def _with_formula(table, rows):
-    """Add the formula's δ, and how many times the measured it is. Its C² and K must hold at every x.
-
-    c_squared_max: the largest mean over seeds of any measured step, of this curve, b and mode. k: the largest ‖∇f‖ of
-    the curve in this mode.
-    """
+    if name != "delta":
+        return table
+    # The formula's C² and K must hold at every x: the largest C² (mean over seeds) of curve and b, ‖∇f‖ of the curve.
     where = ["curve", "full_grad_batchsize", "batchnorm"]
-    steps = own(measured(rows, "c_squared")).groupby([*where, "b", "steps"])["c_squared"].mean()
-    table = table.join(rows.groupby(where)["full_gradient_norm"].max().rename("k"), on=where)
+    steps = own(measured(every, "c_squared")).groupby([*where, "b", "steps"])["c_squared"].mean()
+    table = table.join(every.groupby(where)["full_gradient_norm"].max().rename("k"), on=where)
     table = table.join(steps.groupby([*where, "b"]).max().rename("c_squared_max"), on=[*where, "b"])
     table["delta_formula"] = theory.deltas(table, table["c_squared_max"], table["k"])
     return table.assign(formula_over_measured=table["delta_formula"] / table["delta_mean"])
@@ -130,13 +124,14 @@ def _shown_b(rows):
 
 
 def accuracy(runs):
-    """Return one row a curve and b: test accuracy at the common event, over seeds; how many seeds diverged.
+    """Return one row a curve and b: test accuracy over seeds at the common event; how many diverged, or did not fit.
 
-    With one --until_loss the event is the fit. A seed that did not fit enters with its last evaluation: `unfit`.
+    With one --until_loss the event is the fit; a seed that did not fit enters with its last evaluation.
     """
     runs = runs[runs["mode"] == "normal"]
     lost, sound = runs[runs["status"] == "diverged"], runs[runs["status"] != "diverged"]
-    rows, limits = evaluations(sound).assign(unfit=False), {args["until_loss"] for args in sound["args"]}
+    rows = evaluations(sound).assign(unfit=False, diverged=False)
+    limits = {args["until_loss"] for args in sound["args"]}
     if len(limits) == 1 and limits != {None}:
         event = f"the fit (loss < {min(limits):g})"
         rows["unfit"] = (rows["training_loss"] >= min(limits)) | (rows["epoch"] % 1 > 0)
@@ -146,12 +141,11 @@ def accuracy(runs):
         rows, event = at_common(rows, by=("epoch", "steps"))
     if rows.empty:
         return pd.DataFrame()
-    lost = longest(lost)[records.RUN].assign(diverged=True, unfit=False)  # of its fit nothing is known
-    rows = pd.concat([rows.assign(diverged=False), lost]) if len(lost) else rows.assign(diverged=False)
+    if len(lost):  # of its fit nothing is known
+        rows = pd.concat([rows, longest(lost)[records.RUN].assign(diverged=True, unfit=False)])
     key = [*records.CURVE, "b"]
     counts = rows.groupby(key, dropna=False)[["diverged", "unfit"]].sum().reset_index()
-    table = over_seeds(rows, key, [*records.EVALUATED, "epoch", "steps"])
-    return table.merge(counts, on=key).assign(event=event)
+    return over_seeds(rows, key, [*records.EVALUATED, "epoch", "steps"]).merge(counts, on=key).assign(event=event)
 
 
 def figures(made):
@@ -169,21 +163,16 @@ def figures(made):
         yield "delta", plots.delta(rows, event)
     for name in ("omega", "smoothing", "c_squared"):
         rows = shown(made[name])
-        if rows.empty:
-            continue
-        rows = rows[rows["b"] == _shown_b(rows)]
-        last, event = _at_event(rows)
-        if name == "c_squared":
-            yield name, plots.c_squared(rows.assign(at_event=rows.index.isin(last.index)), event, stars)
-        else:
-            yield name, plots.omega(rows) if name == "omega" else plots.smoothing(last, event)
+        if len(rows):
+            rows = rows[rows["b"] == _shown_b(rows)]
+            last, event = _at_event(rows)
+            marked = rows.assign(at_event=rows.index.isin(last.index))
+            given = {"omega": [rows], "smoothing": [last, event], "c_squared": [marked, event, stars]}
+            yield name, getattr(plots, name)(*given[name])
 
 
 def shown(table):
-    """Return the rows that figures and page show: BatchNorm in training mode, as the paper, if any are; one rule.
-
-    Of several chunks of the full gradient, and of several min_epochs, that of most rows.
-    """
+    """Return the rows that are shown: BatchNorm in training mode, if any; the chunk size, min_epochs of most rows."""
     if "batchnorm" in table:
         table = table[table["batchnorm"] == table["batchnorm"].max()]  # eval < train
     key = "full_grad_batchsize" if "batchnorm" in table else "min_epochs"
@@ -230,15 +219,15 @@ def _parts(made, drawn, out, slug, kind):
     """Write tables and figures. Returns the page's lines about them."""
     lines = []
     for name, table in made.items():
-        file = f"{slug}_{name}"
-        if name in drawn or (name in COLUMNS and len(table)):
+        file, listed = f"{slug}_{name}", name in COLUMNS and len(table)
+        if name in drawn or listed:
             lines += [f"### {name.replace('_', ' ')}", ""]
         if name in drawn:
             save(drawn[name], out / f"{file}.{kind}")
             lines += [f"![{drawn[name].get_suptitle()}]({file}.{kind})", ""]
-        if name in drawn or (name == "power" and len(table)):
+        if name in drawn or (listed and name == "power"):
             lines += [CAPTIONS[name], ""]
-        if name in COLUMNS and len(table):
+        if listed:
             whole = table.drop(columns=["setting", "curve"], errors="ignore").dropna(axis="columns", how="all")
             with replacing(out / f"{file}.csv") as csv:
                 csv.write(whole.to_csv(index=False, lineterminator="\n").encode())
@@ -268,7 +257,7 @@ def _cell(row, name):
     value, low, high = (row.get(key, np.nan) for key in (name, f"{name}_low", f"{name}_high"))
     if f"{name}_mean" in row:
         mean, half = row[f"{name}_mean"], high - row[f"{name}_mean"]
-        return "–" if pd.isna(mean) else f"{_short(mean, 4)} ± {_short(half, 2)}" if half > 0 else _short(mean, 4)
+        return f"{_short(mean, 4)} ± {_short(half, 2)}" if half > 0 else _short(mean, 4)
     if f"{name}_low" not in row:
         return _short(value, 4)
     if row.get("note"):  # why b* is no result

@@ -27,8 +27,6 @@ STYLE = {
     **{"font.size": 9, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
 }
-
-
 # Within, figures are drawn and saved with our style, and nothing of the user's matplotlibrc, which may want TeX.
 styled = partial(style.context, STYLE, after_reset=True)
 
@@ -63,10 +61,8 @@ def _name_curves(ax):
     if len(names) <= 3:
         ax.legend()
         return
-    lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
-    drawn = [
-        (*line.get_xydata()[-1], name, line) for line, name in zip(lines, names, strict=True) if len(line.get_xdata())
-    ]
+    lines = [(h[0] if isinstance(h, tuple) else h, name) for h, name in zip(handles, names, strict=True)]
+    drawn = [(*line.get_xydata()[-1], name, line) for line, name in lines if len(line.get_xdata())]
     ax.get_ylim()  # the limits that the curves ask for are set now
     below = -np.inf
     for x, y, name, line in sorted(drawn, key=lambda end: end[1]):

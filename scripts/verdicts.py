@@ -50,10 +50,11 @@ def cell(rows, where):
 
 def accuracy_test(rows, kind, pairs):
     """Return effect, interval, n and p of one of ACCURACY. A seed of which one cell has no accuracy is left out."""
-    sides = [
-        pd.concat([cell(rows, pair[side])[["seed", "accuracy"]] for pair in pairs]).groupby("seed") for side in (0, 1)
-    ]
-    one, other = (side["accuracy"].mean()[side["accuracy"].count() == len(pairs)].reset_index() for side in sides)
+    sides = (
+        pd.concat([cell(rows, where) for where in side]).groupby("seed")["accuracy"]
+        for side in zip(*pairs, strict=True)
+    )
+    one, other = (side.mean()[side.count() == len(pairs)].reset_index() for side in sides)
     found = paired(one, other, "accuracy")
     t = found["difference"] / found["se"]
     p = level(one, other, "accuracy") if kind == "level" else 2 * stats.t.sf(abs(t), found["seeds"] - 1)

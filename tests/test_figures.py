@@ -339,7 +339,12 @@ def test_errors_are_one_line_with_status_2_and_nothing_is_written(tmp_path):
 
 def test_the_process_needs_no_display_no_known_backend_and_no_unicode(tmp_path):
     record(tmp_path / "runs", "--optimizer=sgd", 500, metrics=[{"steps": 250 * i, "g-norm": 1.0} for i in (1, 2)])
-    env = os.environ | {"MPLBACKEND": "nonsense", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    env = os.environ | {
+        "MPLBACKEND": "module://nowhere",
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+    }
     env.pop("DISPLAY", None)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: a font that is missing\n")
     command = [sys.executable, "-W", "error::FutureWarning", ROOT / "figures.py"]
