@@ -3,44 +3,33 @@
 Writes page.md, a CSV a table and an image a figure to --out. Reads the records only, never wandb.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
-try:
-    import matplotlib  # noqa: F401
-except ValueError:  # MPLBACKEND names a backend that it does not know; figures need none
-    del os.environ["MPLBACKEND"]
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        del sys.modules[name]  # half loaded
-
 from arguments import WHOLE
 from report import page, records
 from utils import Parser, UserError, as_command, one_of, path, replacing
 
 
-def build_parser() -> Parser:
-    """The command line."""
+def main(argv: list[str]) -> int:
+    """Write the page. Returns the exit status. Raises UserError."""
     parser = Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
     add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
-    rule = "passes before the check for ε starts (default: as critical runs had it, or 11)"
-    add("--min_epochs", metavar="N", type=WHOLE, help=rule)
+    add(
+        "--min_epochs",
+        metavar="N",
+        type=WHOLE,
+        help="passes before the check for ε (default: as critical runs, or 11)",
+    )
     add("--format", **one_of("png", "pdf"), default="png", help="of the figures (default: png)")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    """Write the page. Returns the exit status. Raises UserError."""
-    args = build_parser().parse_args(argv)
-    got, allowed = f"argument RUNS_DIR: got {str(args.runs_dir)!r}", "a directory with at least one run that has ended"
-    if not args.runs_dir.is_dir():
-        raise UserError(f"{got}, allowed is {allowed}; this is no directory")
+    args = parser.parse_args(argv)
     runs = records.runs(args.runs_dir)
     if runs.empty:
-        raise UserError(f"{got}, allowed is {allowed}")
+        allowed = "a directory with at least one run that has ended"
+        raise UserError(f"argument RUNS_DIR: got {str(args.runs_dir)!r}, allowed is {allowed}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         text = page.write(runs, args.out, args.format, args.min_epochs)

@@ -1,8 +1,7 @@
 """The shape of mini-batch noise across M draws at one x_t: isotropy, normality, tails.
 
-A histogram of one ω's entries shows how unequal their scales are, and not whether ω is normal. So coordinates are
-followed across draws, and covariances come from the pair differences e_k = (g_{2k−1} − g_{2k})/√2, which have mean
-exactly zero and covariance Σ, whatever the mean of g is. Definitions and sources: docs/measuring.md.
+Coordinates are followed across draws, and covariances come from the pair differences e_k = (g_{2k−1} − g_{2k})/√2, of
+mean zero and covariance Σ, whatever the mean of g is. Definitions and sources: docs/measuring.md.
 """
 
 from collections.abc import Callable
@@ -29,10 +28,9 @@ def shape(
 ) -> dict[str, dict[str, float]]:
     """The shape of the noise g_i − ∇f, of the whole vector as "all" and of each layer.
 
-    draws: M ≥ 4 gradients g_i, independent, flat (d,), as `budget` hands them to `keep`. full: ∇f, flat (d,), in the
-    same order. directions: vectors (d,) fixed beforehand, such as the memory; ∇f itself is one. layers: the number
-    of entries of each, in order. between: called with 0 before every block of coordinates. Memory: the draws, which
-    stay where they are, and one block. ValueError for fewer draws, or lengths that do not agree.
+    draws: M ≥ 4 independent gradients g_i, flat (d,), as `budget` hands them to `keep`. full: ∇f, flat (d,).
+    directions: vectors (d,) fixed beforehand, such as the memory; ∇f itself is one. layers: the number of entries of
+    each, in order. between: called with 0 before every block. ValueError for fewer draws, or lengths that differ.
     """
     layers, directions = layers or {}, {"gradient": full} | (directions or {})
     d = len(full)
@@ -40,60 +38,41 @@ def shape(
         raise ValueError(f"the shape needs at least 4 draws, got {len(draws)}")
     if any(len(vector) != d for vector in [*draws, *directions.values()]) or sum(layers.values()) not in (0, d):
         raise ValueError(f"draws, directions and layers must have as many entries as the full gradient, {d}")
-    sums, start = {}, 0
+    blocks, at = {}, 0
     for name, size in (layers or {"all": d}).items():
-        sums[name] = _sums(draws, full, list(directions.values()), range(start, start + size), between)
-        start += size
-    whole = [sum(parts) for parts in zip(*sums.values(), strict=True)]
-    return {name: _numbers(each, list(directions)) for name, each in ({"all": whole} | sums).items()}
+        blocks[name] = []
+        for start in range(at, at + size, BLOCK):
+            between(0)
+            block = slice(start, min(start + BLOCK, at + size))
+            omega = torch.stack([g[block] for g in draws]) - full[block]
+            fixed = torch.stack([u[block] for u in directions.values()])
+            blocks[name].append(_sums(omega.double().cpu().numpy(), fixed.double().cpu().numpy()))
+        at += size
+    blocks = {"all": [sums for each in blocks.values() for sums in each]} | blocks
+    return {name: _numbers(each, list(directions)) for name, each in blocks.items()}
 
 
-def _sums(
-    draws: list[Tensor], full: Tensor, directions: list[Tensor], coordinates: range, between: Callable[[float], None]
-) -> list[np.ndarray]:
-    """What adds up over coordinates: `_coordinate_sums`, the first four powers of each draw's entries (4, M),
-    ω_iᵀω_j (M, M), and ω_iᵀu for each direction u (M, ·).
-    """
-    m = len(draws)
-    total = [np.zeros(len(SUMS)), np.zeros((4, m)), np.zeros((m, m)), np.zeros((m, len(directions)))]
-    for start in range(coordinates.start, coordinates.stop, BLOCK):
-        between(0)
-        block = slice(start, min(start + BLOCK, coordinates.stop))
-        omega = torch.stack([g[block] for g in draws]) - full[block]
-        omega = omega.double().cpu().numpy()
-        fixed = torch.stack([u[block] for u in directions]).double().cpu().numpy()
-        square = omega**2
-        powers = np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)])
-        total[0] += _coordinate_sums(omega)
-        total[1] += powers
-        total[2] += omega @ omega.T
-        total[3] += omega @ fixed.T
-    return total
-
-
-HALVES = ("variance 1", "variance 2", "product")  # of the two halves of the draws, and of both
-SUMS = ("entries", "moving", *HALVES, "G2", "rejected", "tails", "1/hill")
-
-
-def _coordinate_sums(omega: np.ndarray) -> np.ndarray:
-    """`SUMS` over the coordinates of a block, omega (M, B); one that is the same in all draws has no shape."""
+def _sums(omega: np.ndarray, fixed: np.ndarray) -> dict[str, np.ndarray]:
+    """What adds up over blocks of coordinates, of draws (M, B) and directions (·, B)."""
     half = len(omega) // 2
     # The halves are independent: the mean of the product is σ⁴, whatever the law, where a square's is larger.
     one, two = omega[:half].var(axis=0, ddof=1), omega[half:].var(axis=0, ddof=1)
     kurtosis, p = normality(omega)
-    rejected = (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan
-    inverse = inverse_hill(omega)
+    inverse, square = inverse_hill(omega), omega**2
     tails = inverse[np.isfinite(inverse)]
-    moving = np.isfinite(kurtosis).sum()
-    sums = [omega.shape[1], moving, one.sum(), two.sum(), one @ two, np.nansum(kurtosis), rejected]
-    return np.array([*sums, len(tails), tails.sum()])
+    return {
+        **{"entries": omega.shape[1], "moving": np.isfinite(kurtosis).sum(), "kurtosis": np.nansum(kurtosis)},
+        **{"first half": one.sum(), "second half": two.sum(), "product": one @ two},
+        **{"rejected": (p < LEVEL).sum() if len(omega) >= FEWEST else np.nan},
+        **{"tails": len(tails), "inverse_hill": tails.sum(), "gram": omega @ omega.T, "along": omega @ fixed.T},
+        "powers": np.array([part.sum(axis=1) for part in (omega, square, square * omega, square**2)]),
+    }
 
 
 def normality(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each column of `values` (M, ·): the unbiased excess kurtosis G2, and the p of D'Agostino and Pearson's K².
 
-    G2 has mean 0 for a normal. p is nan below M = 20, where K² is not near χ². Both are nan for a column that is
-    constant but for rounding.
+    p is nan below M = 20, where K² is not near χ²; both are for a column that is constant but for rounding.
     """
     kurtosis, p = np.full((2, values.shape[1]), np.nan)
     moving = np.ptp(values, axis=0) > 1e-12 * np.abs(values).max(axis=0)
@@ -107,8 +86,7 @@ def normality(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def inverse_hill(values: np.ndarray) -> np.ndarray:
     """Hill's estimate of 1/α for each column of `values` (M, ·): P(|x| > r) ~ r^−α, from the tenth farthest out.
 
-    Distances are from the column's mean, k = max(2, M/10) of them count. Biased for every law but Pareto's: compare
-    with a normal's.
+    Biased for every law but Pareto's: compare with a normal's.
     """
     k = max(2, len(values) // 10)
     distances = np.abs(values - values.mean(axis=0)).T.copy()
@@ -122,34 +100,30 @@ def _normal_tail(m: int) -> float:
     return inverse_hill(np.random.default_rng(0).standard_normal((m, 10_000))).mean()
 
 
-def _numbers(sums: list[np.ndarray], names: list[str]) -> dict[str, float]:
-    """What docs/measuring.md lists; nan where nothing moves."""
-    total, powers, gram, projections = dict(zip(SUMS, sums[0], strict=True)), *sums[1:]
-    d, moving = total["entries"], total["moving"]
+def _numbers(blocks: list[dict[str, np.ndarray]], names: list[str]) -> dict[str, float]:
+    """What docs/measuring.md lists, from the `_sums` of blocks; nan where nothing moves."""
+    sums = {key: sum(each[key] for each in blocks) for key in blocks[0]}
+    d, moving, gram = sums["entries"], np.float64(sums["moving"]), sums["gram"]
     trace, ratio = _covariance(gram)
+    mean, second, third, fourth = sums["powers"] / d  # of each draw's entries
+    pooled = (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / (second - mean**2) ** 2 - 3
     numbers = {
         "entries": int(d),
         "moving": int(moving),
         "noise_trace": trace,
         "isotropy": d * ratio,
         "effective_rank": 1 / ratio,
-        "coordinate_kurtosis": total["G2"] / moving,
-        "non_normal_share": total["rejected"] / moving,
-        "pooled_kurtosis": _pooled(powers / d).mean(),
-        "scales_kurtosis": 3 * d * total["product"] / (total["variance 1"] * total["variance 2"]) - 3,
-        "hill": total["tails"] / total["1/hill"],
+        "coordinate_kurtosis": sums["kurtosis"] / moving,
+        "non_normal_share": sums["rejected"] / moving,
+        "pooled_kurtosis": pooled.mean(),
+        "scales_kurtosis": 3 * d * sums["product"] / (sums["first half"] * sums["second half"]) - 3,
+        "hill": sums["tails"] / sums["inverse_hill"],
         "hill_normal": 1 / _normal_tail(len(gram)),
     }
     numbers |= _principal_components(gram)
-    along, _ = normality(projections)
+    along, _ = normality(sums["along"])
     numbers |= {f"{name}_kurtosis": kurtosis for name, kurtosis in zip(names, along, strict=True)}
     return {key: value if isinstance(value, int) else float(value) for key, value in numbers.items()}
-
-
-def _pooled(powers: np.ndarray) -> np.ndarray:
-    """The excess kurtosis of each draw's entries, from the means of their first four powers (4, M)."""
-    mean, second, third, fourth = powers
-    return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / (second - mean**2) ** 2 - 3
 
 
 def _covariance(gram: np.ndarray) -> tuple[float, float]:

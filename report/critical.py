@@ -15,14 +15,15 @@ from training.stopping import first_check, first_crossing, running_means
 KEY = [*records.CURVE, "min_epochs", "eps", "b"]
 REDRAWS = 10_000
 PLACES = ("b_star", "b_star_fit", "b_star_fit_low", "b_star_fit_high")
+OTHER_FITS = ((2, 1), (2, 2), (2, 3), (3, 2), (3, 3))  # degree, and how many sizes on each side of the best
 FEWEST_UPDATES = 50  # of fewer, b* says how training begins, not how it goes on
 
 
 def crossings(runs, min_epochs=None):
     """Return one row a trajectory with recorded gradient norms, ε and min_epochs: steps until their mean is ≤ ε.
 
-    Each run answers for every ε and min_epochs of the critical runs of its setting: the defaults (the paper's) where
-    there are none, `min_epochs` where it is given. steps: no value where ε was not reached; checked: steps looked at.
+    ε and min_epochs are those of the setting's critical runs: the defaults (the paper's) where there are none,
+    `min_epochs` where it is given. steps: no value where ε was not reached; checked: steps looked at.
     """
     critical, rows = runs[runs["mode"] == "critical"], []
     known = longest(runs[[(folder / records.NORMS).exists() for folder in runs["folder"]]])
@@ -46,9 +47,8 @@ def crossings(runs, min_epochs=None):
 def steps_to_eps(runs, min_epochs=None):
     """Return one row a curve, min_epochs, ε and b: steps to ε and SFO complexity = steps × b, over seeds.
 
-    seeds, and how many of them reached ε, missed it (and enter with the steps they made, a lower bound), diverged
-    before, had it at the first check, an upper bound, or after they fitted their data. log_sfo: less what a seed
-    adds at every b alike, which moves no minimum. ratio: to the published steps, where all reached ε.
+    How many seeds reached ε, missed it (entering with the steps made, a lower bound), diverged before, had it at the
+    first check or after the fit. log_sfo: less what a seed adds at every b. ratio: to the published steps.
     """
     table = crossings(runs, min_epochs)
     if table.empty:
@@ -77,10 +77,7 @@ def _of_seed(table):
 
 
 def minimum(x, y, degree=3):
-    """Return where the polynomial through y (sizes,) or (sizes, redraws) over x has its minimum, all at once.
-
-    Where it has none between the first and the last x, that of the two at which it is lower.
-    """
+    """Return where the polynomials through y (sizes,) or (sizes, redraws) are least between the first and last x."""
     design = np.vander(x - x.mean(), degree + 1)
     factors = np.linalg.lstsq(design, y, rcond=None)[0]
     a, b, c = factors[0] if degree == 3 else 0.0, factors[-3], factors[-2]
@@ -90,40 +87,18 @@ def minimum(x, y, degree=3):
     return np.where((at > x[0]) & (at < x[-1]), at, np.where(first <= last, x[0], x[-1]))
 
 
-def redraw(x, y, error, freedom, seed=0):
-    """Return minima (REDRAWS,) of the cubic through means y (sizes,), each drawn anew with its error (sizes,).
-
-    Student's t with `freedom`; NaN without any. What the cubic leaves of y takes the place of a smaller error: no
-    curve is a cubic, and steep on one side it is far from one.
-    """
-    left = y - np.polyval(np.polyfit(x - x.mean(), y, 3), x - x.mean())
-    if not freedom:
-        return np.full(REDRAWS, np.nan)
-    error = np.maximum(error, np.sqrt(left @ left / max(1, len(x) - 4)))
-    return minimum(x, (y + error * np.random.default_rng(seed).standard_t(freedom, (REDRAWS, len(x)))).T)
-
-
 def interval(redraws):
     """Return the 95 % interval of rows of redraws: from the least lower end to the greatest upper one."""
     ends = np.quantile(redraws, [0.025, 0.975], axis=-1)
     return ends[0].min(), ends[1].max()
 
 
-def other_fits(x, y, at):
-    """Return log2 b* by quadratics through 3, 5, 7 sizes about the `at`-th, cubics through 5, 7, and a spline (6,)."""
-    fine, found = np.linspace(x[0], x[-1], 4001), []
-    for degree, reach in ((2, 1), (2, 2), (2, 3), (3, 2), (3, 3)):
-        near = slice(max(0, at - reach), at + reach + 1)
-        found.append(minimum(x[near], y[near], degree))
-    return np.array([*found, fine[CubicSpline(x, y)(fine).argmin()]])
-
-
 def b_star(steps, rows=None):
     """Return one row a curve, min_epochs and ε: the critical batch size, of the lowest mean SFO complexity.
 
-    Sizes count at which every seed reached ε, and not at the first check; two at least. Columns: docs/measuring.md.
-    And inside: sizes on both sides are known to need more than the best; updates: to ε there; note: why it is no
-    result; redraws, others: of log2 b*, and by `other_fits`. `rows`: of `records.measurements`, with measured C².
+    Of two sizes or more at which every seed reached ε, not at the first check. Columns: docs/measuring.md; inside: the
+    sizes on both sides need more; updates: to ε; note: why it is no result; redraws, others: log2 b*, redrawn or by
+    OTHER_FITS and a spline. `rows`: of `records.measurements`, with measured C².
     """
     found = []
     for _, grid in steps.groupby(KEY[:-1], dropna=False, sort=False) if len(steps) else ():
@@ -155,15 +130,22 @@ def _place(grid, whole, best, fit):
     row |= dict(zip(PLACES[1:], (np.nan, low, high), strict=True)) | {"other_fits": np.nan}
     if not fit or min(at, len(x) - 1 - at) < 2:
         return row
-    others, seven = other_fits(x, y, at), slice(max(0, at - 3), at + 4)
-    middle, first, last = others[4], *x[seven][[0, -1]]
+    near, fine = {k: slice(max(0, at - k), at + k + 1) for k in (1, 2, 3)}, np.linspace(x[0], x[-1], 4001)
+    others = [minimum(x[near[k]], y[near[k]], degree) for degree, k in OTHER_FITS]
+    others = np.array([*others, fine[CubicSpline(x, y)(fine).argmin()]])
+    middle, first, last = others[4], *x[near[3]][[0, -1]]
     if not first < middle < last:
         return row
-    five = slice(max(0, at - 2), at + 3)
-    drawn = [redraw(x[k], y[k], error[k], freedom, round(1e6 * best["eps"])) for k in (seven, five)]
+    drawn = np.full((2, REDRAWS), np.nan)
+    for i, part in enumerate((near[3], near[2]) if freedom else ()):
+        # No curve is a cubic, and steep on one side it is far from one: what it leaves of y replaces a smaller error.
+        left = y[part] - np.polyval(np.polyfit(x[part] - x[part].mean(), y[part], 3), x[part] - x[part].mean())
+        wide = np.maximum(error[part], np.sqrt(left @ left / max(1, len(left) - 4)))
+        t = np.random.default_rng(round(1e6 * best["eps"])).standard_t(freedom, (REDRAWS, len(left)))
+        drawn[i] = minimum(x[part], (y[part] + wide * t).T)
     low, high = interval(drawn)
     ends = middle, low if low > first else np.nan, high if high < last else np.nan
-    row |= dict(zip(PLACES[1:], np.exp2(ends), strict=True)) | {"redraws": np.array(drawn), "others": others}
+    row |= dict(zip(PLACES[1:], np.exp2(ends), strict=True)) | {"redraws": drawn, "others": others}
     return row | {"other_fits_low": 2 ** others.min(), "other_fits_high": 2 ** others.max()}
 
 
@@ -175,16 +157,14 @@ def _c_squared(star, rows):
     paper = published.CONSTANTS.get(star["curve"], {})
     found["published_b_star"] = paper.get("b_star", {}).get(star["eps"], np.nan)
     found["published_c_squared"] = paper.get("c_squared", np.nan) if star["eps"] == 0.5 else np.nan
-    if rows is not None and len(rows):
-        here = own(measured(rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"])], "c_squared"))
-        here = here[
-            (here["steps"] <= star["updates"]) & (here["batchnorm"] == here["batchnorm"].max())
-        ]  # eval < train
-        values = here.groupby("steps")["c_squared"].mean()
-        if len(values):
-            mean, last = values.mean(), values.iloc[-1]
-            found |= {"c_squared_run": mean, "c_squared_at_eps": last, "c_squared_max": values.max()}
-            found["b_star_formula"] = theory.critical_batch_size(*about, mean, *at)
+    if rows is None or rows.empty:
+        return found
+    here = rows[(rows["curve"] == star["curve"]) & (rows["b"] == star["b_star"]) & (rows["steps"] <= star["updates"])]
+    here = own(measured(here, "c_squared"))
+    values = here[here["batchnorm"] == here["batchnorm"].max()].groupby("steps")["c_squared"].mean()  # eval < train
+    if len(values):
+        found |= {"c_squared_run": values.mean(), "c_squared_at_eps": values.iloc[-1], "c_squared_max": values.max()}
+        found["b_star_formula"] = theory.critical_batch_size(*about, values.mean(), *at)
     return found
 
 
@@ -196,13 +176,10 @@ def slope_weights(every_eps):
 
 
 def power(stars):
-    """Return one row a curve and min_epochs of `b_star` with two fitted ε at least: the power p of b* ~ (1/ε)^p.
-
-    power_low, power_high: by the redraws of each ε, as if the ε were independent. argmin: by the paper's b*.
-    """
+    """Return one row a curve and min_epochs with two fitted ε: the power of 1/ε in b*; argmin: in the paper's b*."""
     rows = []
-    known = stars.dropna(subset="b_star_fit") if len(stars) else stars
-    for _, part in known.groupby(KEY[:-2], dropna=False, sort=False) if len(known) else ():
+    for _, part in stars.groupby(KEY[:-2], dropna=False, sort=False) if len(stars) else ():
+        part = part.dropna(subset="b_star_fit")
         if len(part) < 2:
             continue
         weights = slope_weights(part["eps"])

@@ -11,29 +11,30 @@ from report.statistics import MEASUREMENT, POINT, at_common, evaluations, hours,
 from utils import replacing
 
 LARGEST = 8
-# The tables of what is measured, and the quantities without which a row is not in them.
+# The tables of what is measured: the columns without which a row is not in them, the group of quantities that they
+# average, or these columns alone, and what else tells two rows apart.
 MEASURED = {
-    "delta": "delta",
-    "delta_names": ["delta_as_shb", "delta_as_nshb"],
-    "omega": "noise_square",
-    "c_squared": "c_squared",
-    "shape": "isotropy",
-    "smoothing": "excess_real",
-    "sharpness": "lambda_max",
+    "delta": (["delta"], None, []),
+    "delta_names": (["delta_as_shb", "delta_as_nshb"], None, []),
+    "omega": (["noise_square"], "noise", []),
+    "c_squared": (["c_squared"], "variance", ["batch_size"]),
+    "shape": (["isotropy"], "shape", []),
+    "smoothing": (["excess_real"], "smoothing", ["probe_images"]),
+    "sharpness": (["lambda_max"], "sharpness", ["probe_images"]),
 }
-GROUPS = {"omega": "noise", "c_squared": "variance"}  # the group of quantities that a table averages: else its name's
+READING = "Columns are those of the CSV files. Bands: min to max over seeds. Bars, ± and brackets: 95 % intervals."
 CAPTIONS = {
-    "training": "Mean and band from min to max over seeds.",
-    "accuracy": "Mean and band from min to max over seeds; × where a seed diverged, hollow where one did not fit.",
-    "steps": "Mean and band from min to max over seeds; ○ best b; line: interval of b*; ↑ ↓ lower, upper bounds.",
-    "delta": "Mean and 95 % t interval. Dashed: formula with the largest C² and K measured; NSHB's is no bound.",
-    "omega": "Means over seeds; the line across a bar is E‖ω‖² as measured.",
-    "c_squared": "Mean and 95 % t interval; ◇ the C² that the formula gives for b*.",
-    "smoothing": "Mean and 95 % t interval; line: predicted; ↓ an interval that reaches zero, its upper end.",
+    "training": "Means. With BatchNorm, accuracy before update 100 is low: running statistics lag.",
+    "accuracy": "Means; × where a seed diverged, hollow where one did not fit.",
+    "steps": "Means; ○ best b; line: interval of b*; ↑ ↓ lower, upper bounds.",
+    "delta": "Dashed: formula with the largest C² and K measured; NSHB's is no bound.",
+    "omega": "Means; the line across a bar is E‖ω‖² as measured.",
+    "c_squared": "◇ the C² that the formula gives for b*.",
+    "smoothing": "Line: predicted; ↓ an interval that reaches zero, its upper end.",
     "power": "The interval takes the ε for independent.",
-    "predictors": "Mean and 95 % t interval over seeds; settings that fit; hollow: with injected noise.",
+    "predictors": "Settings that fit, means over seeds; hollow: with injected noise.",
 }
-# What the page shows of each table; with ± half of the 95 % t interval, or with both ends, where there is one.
+# What the page shows of each table.
 COLUMNS = {
     "runs": "label b seed mode status steps epochs draws",
     "accuracy": "label b steps seeds unfit accuracy accuracy_recalibrated test_loss",
@@ -46,17 +47,9 @@ COLUMNS = {
     "c_squared": "label b steps batch_size c_squared variance c_squared_augmentation max_draw_norm",
     "shape": "label b steps isotropy effective_rank non_normal_share pooled_kurtosis scales_kurtosis",
     "smoothing": "label b steps excess_real excess_gaussian excess_isotropic excess_predicted displacement",
-    "sharpness": "label b steps lambda_max batch_sharpness direction_curvature gradient_curvature thresholds",
+    "sharpness": "label b steps lambda_max batch_sharpness direction_curvature gradient_curvature threshold",
     "settings": "name fits updates accuracy gap delta temperature lr_over_b",
     "predictors": "predictor settings rank_correlation peak inside r_squared left_out extrapolated",
-}
-HEADS = {
-    **{"label": "optimizer", "eps": "ε", "every_eps": "ε", "b_star": "best b", "name": "setting", "k": "K"},
-    **{"delta_formula": "δ by formula", "formula_over_measured": "formula / measured", "thresholds": "2(1 ∓ β)/η"},
-    **{"alike": "as good", "b_star_fit": "b* (95 %)", "other_fits": "by other fits", "c_squared_run": "C² measured"},
-    **{"c_squared_fit": "C² from b* (95 %)", "power": "power of 1/ε (95 %)", "argmin": "by best b"},
-    **{"ratio": "steps / published", "batch_size": "batch size drawn", "peak": "best at (95 %)", "r_squared": "R²"},
-    **{"rank_correlation": "Spearman's ρ", "left_out": "R² of left-out optimizers", "lr_over_b": "η_eff/b"},
 }
 
 
@@ -85,37 +78,25 @@ def tables(runs, min_epochs=None):
     return made | {name: _measured(rows, name) for name in MEASURED}
 
 
-def _measured(rows, name):
+def _measured(every, name):
     """Return one row a curve, b, step and BatchNorm mode (and batch size drawn, for C²)."""
-    full, rows, probe = rows, measured(rows, MEASURED[name]), MEASURED[name]
+    needed, group, more = MEASURED[name]
+    rows = measured(every, needed)
     rows = rows[rows["layer"] == "all"] if name == "c_squared" else own(rows)
     if rows.empty:
         return rows
-    more = {"c_squared": ["batch_size"], "smoothing": ["probe_images"], "sharpness": ["probe_images"]}.get(name, [])
-    group = [q.name for q in QUANTITIES.values() if q.group == GROUPS.get(name, name)]
-    quantities = [q for q in group if q not in ("draws", *more)] or [probe] * (name == "delta") or probe
+    quantities = [q.name for q in QUANTITIES.values() if q.group == group and q.name not in ("draws", *more)] or needed
     table = over_seeds(rows, [*MEASUREMENT, *more], quantities + records.EVALUATED * (name == "omega"))
-    if name == "delta":
-        return _with_formula(table, full)
     if name == "sharpness":
-        ends = [theory.thresholds(*of) for of in zip(table["optimizer"], table["lr"], table["beta1"], strict=True)]
-        low, high = zip(*ends, strict=True)
-        texts = [f"{a:.3g}" if a == b else f"{a:.3g}, {b:.3g}" for a, b in ends]
-        return table.assign(threshold_low=low, threshold_high=high, thresholds=texts)
-    return table
-
-
-def _with_formula(table, rows):
-    """Add the formula's δ, and how many times the measured it is. Its C² and K must hold at every x.
-
-    c_squared_max: the largest mean over seeds of any measured step, of this curve, b and mode. k: the largest ‖∇f‖ of
-    the curve in this mode.
-    """
+        ends = zip(*map(theory.thresholds, table["optimizer"], table["lr"], table["beta1"]), strict=True)
+        return table.assign(**dict(zip(("threshold_low", "threshold_high"), ends, strict=True)))
+    if name != "delta":
+        return table
+    # The formula's C² and K must hold at every x: the largest C² (mean over seeds) of curve and b, ‖∇f‖ of the curve.
     where = ["curve", "full_grad_batchsize", "batchnorm"]
-    table = table.join(rows.groupby(where)["full_gradient_norm"].max().rename("k"), on=where)
-    where = [*where, "b"]
-    steps = own(measured(rows, "c_squared")).groupby([*where, "steps"])["c_squared"].mean()
-    table = table.join(steps.groupby(where).max().rename("c_squared_max"), on=where)
+    steps = own(measured(every, "c_squared")).groupby([*where, "b", "steps"])["c_squared"].mean()
+    table = table.join(every.groupby(where)["full_gradient_norm"].max().rename("k"), on=where)
+    table = table.join(steps.groupby([*where, "b"]).max().rename("c_squared_max"), on=[*where, "b"])
     table["delta_formula"] = theory.deltas(table, table["c_squared_max"], table["k"])
     return table.assign(formula_over_measured=table["delta_formula"] / table["delta_mean"])
 
@@ -143,13 +124,14 @@ def _shown_b(rows):
 
 
 def accuracy(runs):
-    """Return one row a curve and b: test accuracy at the common event, over seeds; how many seeds diverged.
+    """Return one row a curve and b: test accuracy over seeds at the common event; how many diverged, or did not fit.
 
-    With one --until_loss the event is the fit. A seed that did not fit enters with its last evaluation: `unfit`.
+    With one --until_loss the event is the fit; a seed that did not fit enters with its last evaluation.
     """
     runs = runs[runs["mode"] == "normal"]
     lost, sound = runs[runs["status"] == "diverged"], runs[runs["status"] != "diverged"]
-    rows, limits = evaluations(sound).assign(unfit=False), {args["until_loss"] for args in sound["args"]}
+    rows = evaluations(sound).assign(unfit=False, diverged=False)
+    limits = {args["until_loss"] for args in sound["args"]}
     if len(limits) == 1 and limits != {None}:
         event = f"the fit (loss < {min(limits):g})"
         rows["unfit"] = (rows["training_loss"] >= min(limits)) | (rows["epoch"] % 1 > 0)
@@ -159,12 +141,11 @@ def accuracy(runs):
         rows, event = at_common(rows, by=("epoch", "steps"))
     if rows.empty:
         return pd.DataFrame()
-    lost = longest(lost)[records.RUN].assign(diverged=True, unfit=False)  # of its fit nothing is known
-    rows = pd.concat([rows.assign(diverged=False), lost]) if len(lost) else rows.assign(diverged=False)
+    if len(lost):  # of its fit nothing is known
+        rows = pd.concat([rows, longest(lost)[records.RUN].assign(diverged=True, unfit=False)])
     key = [*records.CURVE, "b"]
     counts = rows.groupby(key, dropna=False)[["diverged", "unfit"]].sum().reset_index()
-    table = over_seeds(rows, key, [*records.EVALUATED, "epoch", "steps"])
-    return table.merge(counts, on=key).assign(event=event)
+    return over_seeds(rows, key, [*records.EVALUATED, "epoch", "steps"]).merge(counts, on=key).assign(event=event)
 
 
 def figures(made):
@@ -182,23 +163,16 @@ def figures(made):
         yield "delta", plots.delta(rows, event)
     for name in ("omega", "smoothing", "c_squared"):
         rows = shown(made[name])
-        if rows.empty:
-            continue
-        rows = rows[rows["b"] == _shown_b(rows)]
-        last, event = _at_event(rows)
-        if name == "omega":
-            yield name, plots.omega(rows)
-        elif name == "smoothing":
-            yield name, plots.smoothing(last, event)
-        else:
-            yield name, plots.c_squared(rows.assign(at_event=rows.index.isin(last.index)), event, stars)
+        if len(rows):
+            rows = rows[rows["b"] == _shown_b(rows)]
+            last, event = _at_event(rows)
+            marked = rows.assign(at_event=rows.index.isin(last.index))
+            given = {"omega": [rows], "smoothing": [last, event], "c_squared": [marked, event, stars]}
+            yield name, getattr(plots, name)(*given[name])
 
 
 def shown(table):
-    """Return the rows that figures and page show: BatchNorm in training mode, as the paper, if any are; one rule.
-
-    Of several chunks of the full gradient, and of several min_epochs, that of most rows.
-    """
+    """Return the rows that are shown: BatchNorm in training mode, if any; the chunk size, min_epochs of most rows."""
     if "batchnorm" in table:
         table = table[table["batchnorm"] == table["batchnorm"].max()]  # eval < train
     key = "full_grad_batchsize" if "batchnorm" in table else "min_epochs"
@@ -219,7 +193,7 @@ def _at_event(table):
 @plots.styled()
 def write(runs, out, kind="png", min_epochs=None):
     """Write tables and figures of `runs`, of `records.runs`, to the directory `out`. Returns the page's text."""
-    lines = ["# Tables and figures", ""]
+    lines = ["# Tables and figures", "", READING, ""]
     for title, slug, members in sections(runs):
         made = tables(members, min_epochs)
         lines += [f"## {title}", "", f"{hours(members):.2g} hours, each trajectory counted once.", ""]
@@ -242,21 +216,19 @@ def save(figure, path):
 
 
 def _parts(made, drawn, out, slug, kind):
-    """Write the tables `made` and the figures `drawn`. Returns the lines of the page about them."""
+    """Write tables and figures. Returns the page's lines about them."""
     lines = []
     for name, table in made.items():
-        file = f"{slug}_{name}"
-        if name in drawn or (name in COLUMNS and len(table)):
+        file, listed = f"{slug}_{name}", name in COLUMNS and len(table)
+        if name in drawn or listed:
             lines += [f"### {name.replace('_', ' ')}", ""]
         if name in drawn:
             save(drawn[name], out / f"{file}.{kind}")
             lines += [f"![{drawn[name].get_suptitle()}]({file}.{kind})", ""]
-        if name in drawn or (name == "power" and len(table)):
+        if name in drawn or (listed and name == "power"):
             lines += [CAPTIONS[name], ""]
-        if name in COLUMNS and len(table):
-            whole = table.drop(columns=["setting", "curve", "thresholds"], errors="ignore").dropna(
-                axis="columns", how="all"
-            )
+        if listed:
+            whole = table.drop(columns=["setting", "curve"], errors="ignore").dropna(axis="columns", how="all")
             with replacing(out / f"{file}.csv") as csv:
                 csv.write(whole.to_csv(index=False, lineterminator="\n").encode())
             lines += [*_markdown(table, COLUMNS[name].split()), ""]
@@ -272,7 +244,7 @@ def _markdown(table, columns):
     if len(table) > LARGEST and "epoch" in table:
         table = _at_event(table)[0]
     table = table.iloc[np.unique(np.linspace(0, len(table) - 1, LARGEST).round().astype(int))]
-    heads = [HEADS.get(name) or (plots.label(name) if name in QUANTITIES else name) for name in columns]
+    heads = [plots.label(name) if name in QUANTITIES else name for name in columns]
     lines = [" | ".join(heads), " | ".join(["---"] * len(columns))]
     lines += [" | ".join(_cell(row, name) for name in columns) for row in table.to_dict("records")]
     known = [QUANTITIES[name] for name in columns if name in QUANTITIES and QUANTITIES[name].group != "training"]
@@ -281,11 +253,11 @@ def _markdown(table, columns):
 
 
 def _cell(row, name):
-    """Return a number, with half of its 95 % interval or with both ends where it has such, or a text."""
+    """Return a number, with its interval where it has one, or a text."""
     value, low, high = (row.get(key, np.nan) for key in (name, f"{name}_low", f"{name}_high"))
     if f"{name}_mean" in row:
         mean, half = row[f"{name}_mean"], high - row[f"{name}_mean"]
-        return "–" if pd.isna(mean) else f"{_short(mean, 4)} ± {_short(half, 2)}" if half > 0 else _short(mean, 4)
+        return f"{_short(mean, 4)} ± {_short(half, 2)}" if half > 0 else _short(mean, 4)
     if f"{name}_low" not in row:
         return _short(value, 4)
     if row.get("note"):  # why b* is no result

@@ -1,12 +1,11 @@
 """The figures. Each function takes tables that `report.page` makes, and returns a Figure; its title is a question."""
 
-from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
-from matplotlib import rc_context, rcdefaults, rcParams, ticker
+from matplotlib import style, ticker
 from matplotlib.figure import Figure
 
-from arguments import lagging
 from measure.quantities import quantity
 
 COLORS = {"SGD": "#0072B2", "SHB": "#D55E00", "NSHB": "#009E73", "QHM": "#CC79A7"}
@@ -28,15 +27,8 @@ STYLE = {
     **{"font.size": 9, "figure.titlesize": 10, "axes.titlesize": 9, "legend.fontsize": 8, "lines.markersize": 5},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "errorbar.capsize": 2},
 }
-
-
-@contextmanager
-def styled():
-    """Figures drawn and saved within have our style, and nothing of the user's matplotlibrc, which may want TeX."""
-    with rc_context():
-        rcdefaults()
-        rcParams.update(STYLE)
-        yield
+# Within, figures are drawn and saved with our style, and nothing of the user's matplotlibrc, which may want TeX.
+styled = partial(style.context, STYLE, after_reset=True)
 
 
 def label(name):
@@ -44,12 +36,6 @@ def label(name):
     q, words = quantity(name), name.replace("_", " ")
     words = q.symbol if q.symbol and name != "training_loss" else words
     return words + (f" ({q.unit})" if q.unit else "")
-
-
-def _early(table):
-    """Return what to say below a test accuracy, if anything; the second word of `setting` is the network."""
-    steps = table["steps_min" if "steps_min" in table else "steps"].min()
-    return "\nlow before update 100: BatchNorm lags" if lagging(table["setting"].iloc[0].split(", ")[1], steps) else ""
 
 
 def _panels(title, count, width=3.2, **more):
@@ -75,16 +61,14 @@ def _name_curves(ax):
     if len(names) <= 3:
         ax.legend()
         return
-    lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
-    lines, names = zip(
-        *((line, n) for line, n in zip(lines, names, strict=True) if len(line.get_xdata())), strict=True
-    )
-    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    lines = [(h[0] if isinstance(h, tuple) else h, name) for h, name in zip(handles, names, strict=True)]
+    drawn = [(*line.get_xydata()[-1], name, line) for line, name in lines if len(line.get_xdata())]
     ax.get_ylim()  # the limits that the curves ask for are set now
-    heights, below = ax.transData.transform(ends)[:, 1] * 72 / ax.figure.dpi, -np.inf
-    for i in np.argsort(heights):
-        below = max(heights[i], below + 9)  # in points, so that no name stands on another
-        _tag(ax, *ends[i], names[i], lines[i].get_color(), below - heights[i] - 3)
+    below = -np.inf
+    for x, y, name, line in sorted(drawn, key=lambda end: end[1]):
+        height = ax.transData.transform((x, y))[1] * 72 / ax.figure.dpi
+        below = max(height, below + 9)  # in points, so that no name stands on another
+        _tag(ax, x, y, name, line.get_color(), below - height - 3)
 
 
 def _tag(ax, x, y, text, color, shift=3.0):
@@ -93,7 +77,7 @@ def _tag(ax, x, y, text, color, shift=3.0):
 
 
 def _dashed(ax, rows, x, name, text, color):
-    """Draw a second number of a curve, where it is known, as a dashed line of its colour that is named at its end."""
+    """Draw a second number of a curve as a dashed line of its colour that is named at its end."""
     known = rows.dropna(subset=name)
     ax.plot(known[x], known[name], "--", color=color, marker=".", lw=1)
     if len(known):
@@ -134,15 +118,12 @@ def _log(ax, name="y"):
 def training(table):
     """Draw loss, accuracy and ‖g‖ over training, of one batch size: mean, and band from min to max over seeds."""
     fig, axes = _panels("How do loss, accuracy and gradient norm change in training?", 3, 2.6)
-    for ax, quantity_ in zip(axes, ("training_loss", "accuracy", "g-norm"), strict=True):
-        for name, look, rows in _curves(table.dropna(subset=f"{quantity_}_mean")):
-            few = look if len(rows) < 20 else look | {"marker": ""}
-            _band(ax, rows, "epoch", quantity_, **few, label=name)
-            if quantity_ == "accuracy":
+    for ax, shown in zip(axes, ("training_loss", "accuracy", "g-norm"), strict=True):
+        for name, look, rows in _curves(table.dropna(subset=f"{shown}_mean")):
+            _band(ax, rows, "epoch", shown, **(look if len(rows) < 20 else look | {"marker": ""}), label=name)
+            if shown == "accuracy":
                 _dashed(ax, rows, "epoch", "accuracy_recalibrated_mean", "recalibrated", look["color"])
-        known = table.dropna(subset="accuracy_mean")
-        early = _early(known) if quantity_ == "accuracy" and len(known) else ""
-        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}{early}", ylabel=label(quantity_))
+        ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}", ylabel=label(shown))
     _log(axes[2])
     _name_curves(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return fig
@@ -160,8 +141,7 @@ def accuracy(table, event):
         lost = rows["b"][rows["diverged"] > 0]
         ax.plot(lost, 0.03 + 0 * lost, "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
     _size_axis(ax, table["b"])
-    early = _early(table.dropna(subset="accuracy_mean"))
-    ax.set(xlabel=f"{ax.get_xlabel()}{early}", ylabel=f"test {label('accuracy')} at {event}")
+    ax.set_ylabel(f"test {label('accuracy')} at {event}")
     _name_curves(ax)
     return fig
 
@@ -225,10 +205,7 @@ def omega(table):
 
 
 def c_squared(table, event, stars):
-    """Draw C² over training, and over the batch size drawn at one event; ◇ where b* puts it by the formula.
-
-    There is no panel over the batch size where only one was drawn.
-    """
+    """Draw C² over training, and, if several were drawn, over batch sizes at one event; ◇ where b* puts it."""
     b, several = table["b"].iloc[0], table["batch_size"].nunique() > 1
     title = f"Is C² the same {'at every batch size and ' if several else ''}all through training?"
     fig, axes = _panels(title, 1 + several, sharey=True)

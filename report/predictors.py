@@ -16,10 +16,7 @@ RESAMPLES = 2000
 
 
 def trajectories(runs):
-    """Return one row a trajectory: its fit (updates; no value: it did not fit), accuracy, and what may predict it.
-
-    All as in docs/measuring.md, up to the end without a fit. lr_over_b: lr_eff/b.
-    """
+    """Return one row a trajectory: its fit (updates, if any), accuracy, and what may predict it: docs/measuring.md."""
     curves, rows = records.curves(runs), own(records.measurements(runs))
     rows = rows[(rows["batchnorm"] == rows["batchnorm"].max()) & (rows["epoch"] >= 1)]  # eval < train
     table = longest(runs).set_index(POINT).join(fits(curves))
@@ -48,10 +45,7 @@ def trajectories(runs):
 
 
 def settings(runs):
-    """Return one row a setting (optimizer, η, b, β, injection): `trajectories` over seeds, as `over_seeds`.
-
-    fits: whether every seed does. A setting that does not stands outside of `table` and of the figure.
-    """
+    """Return one row a setting: `trajectories` over seeds. Only one that `fits` with every seed is in `table`."""
     rows = trajectories(runs).assign(fitted=lambda rows: rows["fit"].notna())
     table = over_seeds(rows, KEY, ["fit", "accuracy", "gap", *PREDICTORS])
     fitted = rows.groupby(KEY, dropna=False)["fitted"].agg(fitted="sum", fits="all").reset_index()
@@ -59,10 +53,9 @@ def settings(runs):
 
 
 def table(points):
-    """Return one row a predictor, of the settings that fit and have it; four at least.
+    """Return one row a predictor that four settings that fit have. peak: the maximum of a quadratic in its log.
 
-    peak: place of the maximum of a quadratic in the predictor's log, if inside the range, with 95 % interval _low to
-    _high by resampling settings, ten or more; an end that leaves the range is open.
+    Its 95 % interval is by resampling settings, ten or more; what lies outside of the range has no value.
     """
     rows = []
     for name in PREDICTORS:

@@ -1,8 +1,4 @@
-"""The records of runs as three pandas DataFrames: `runs`, `curves` (metrics.csv), `measurements` (measurements.csv).
-
-In a notebook anywhere: sys.path.insert(0, "the directory of this repository"); from report import records;
-runs = records.runs("path/to/runs"). No column of a file is left out.
-"""
+"""The records of runs as three pandas DataFrames: `runs`, `curves` (metrics.csv) and `measurements`."""
 
 import json
 from argparse import Namespace
@@ -32,11 +28,10 @@ RUN = [*CURVE, "b", "seed", "run", "mode", "status", "full_grad_batchsize"]
 def runs(directory):
     """Return one row a run that has ended below `directory`: its arguments, its results, and where it is recorded.
 
-    network, setting, curve, label: text. Runs with one `curve` agree in all that changes the trajectory but b and the
-    seed; those with one `setting` may differ in the optimizer, its flags and injected noise too, with one `network` in
-    η as well; label: what tells the curves of one setting apart, but for β. b: batch size of training. folder: Path.
-    run: its name below `directory`. steps, epochs, seconds: of the record; args: all arguments. Arguments that do not
-    affect a run, as β1 of SGD, have no value. What cannot be read is printed, `left out: RUN: REASON`.
+    Runs with one `curve` agree in all that changes the trajectory but b and the seed; those with one `setting` may
+    differ in the optimizer, its flags and injected noise too, with one `network` in η as well; label: what tells the
+    curves of one setting apart, but for β. What does not affect a run, as β1 of SGD, has no value. args: all of them.
+    What cannot be read is printed, `left out: RUN: REASON`.
     """
     rows = []
     for file in sorted(Path(directory).rglob("args.json")):
@@ -104,10 +99,7 @@ def curves(runs):
 
 
 def measurements(runs):
-    """Return the rows of every measurements.csv of `runs`, each with the columns RUN of its run.
-
-    batch_size: that of the mini-batches drawn; b: that of training.
-    """
+    """Return the rows of every measurements.csv; batch_size: that of the mini-batches drawn; b: that of training."""
     return _rows(runs, "measurements.csv", [*INDEX, *columns(*MEASURED), *EVALUATED])
 
 

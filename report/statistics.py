@@ -28,8 +28,7 @@ def _values(name, draws):
 
 def longest(runs):
     """Return one run a trajectory, the one with the most steps: a shorter one only repeats its beginning."""
-    kept = runs.sort_values("steps", ascending=False, kind="stable").drop_duplicates(POINT)
-    return kept.sort_index()
+    return runs.sort_values("steps", ascending=False, kind="stable").drop_duplicates(POINT).sort_index()
 
 
 def hours(runs):
@@ -44,10 +43,7 @@ def fits(curves):
 
 
 def measured(rows, quantity):
-    """Return the whole rows of `records.measurements` that hold `quantity`, or each of several, once a place (PLACE).
-
-    Of two runs of one trajectory the row from more draws stays; no row is put together from both.
-    """
+    """Return the rows of `records.measurements` that hold `quantity`, or several; of one PLACE that of most draws."""
     known = rows.dropna(subset=quantity).sort_values("draws", ascending=False, kind="stable")
     return known.drop_duplicates(PLACE).sort_index()
 
@@ -58,10 +54,7 @@ def own(rows):
 
 
 def evaluations(runs):
-    """Return the rows of metrics.csv with a test accuracy, each step of a trajectory once.
-
-    accuracy_recalibrated, test_loss_recalibrated: from measurements.csv where metrics.csv has none.
-    """
+    """Return the rows of metrics.csv with a test accuracy; recalibrated from measurements.csv where it has none."""
     at = [*POINT, "steps"]
     rows = records.curves(runs).dropna(subset="accuracy").drop_duplicates(at).set_index(at)
     more = records.measurements(runs).groupby(at)[["accuracy_recalibrated", "test_loss_recalibrated"]].first()
@@ -71,9 +64,8 @@ def evaluations(runs):
 def over_seeds(rows, key, quantities):
     """Return one row a `key`, rows in which a seed stands once: seeds, draws, and of each quantity six.
 
-    NAME_mean, NAME_min, NAME_max over seeds; NAME_low, NAME_high: 95 % t interval of the mean. Its standard error,
-    NAME_se, is that of the seeds' values. Of one seed it is the error of its draws, or of its random vectors, with t
-    over their number − 1; without one there is no interval. Draws: the fewest of any seed.
+    NAME_mean, NAME_min, NAME_max over seeds; NAME_low, NAME_high: 95 % t interval of the mean; NAME_se: of the seeds'
+    values, or of one seed's draws or random vectors (t over their number − 1). draws: the fewest of any seed.
     """
     order = {name: i for i, name in enumerate(OPTIMIZERS)}
     groups = rows.assign(order=rows["optimizer"].map(order)).groupby(["order", *key], dropna=False)
@@ -95,19 +87,16 @@ def over_seeds(rows, key, quantities):
 
 
 def at_common(rows, by=("steps", "epoch")):
-    """Return (the rows at one event, its name): the last that nine in ten settings share of those most share.
+    """Return (the rows at one event, its name): the last that nine in ten of the most settings (curve, b) share.
 
-    rows: with the columns `by`, of which the first is preferred where both are shared by as many. A setting is a
-    curve and b. Nothing is compared before the first update.
+    Events are values of the columns `by`, the first preferred; nothing is compared before the first update.
     """
-    best = (0, None, None)
-    for column in by:
-        settings = rows[rows["steps"] > 0].drop_duplicates(["curve", "b", column]).groupby(column).size()
-        if len(settings) and settings.max() > best[0]:
-            best = (settings.max(), column, settings[settings >= 0.9 * settings.max()].index.max())
-    _, column, value = best
-    if column is None:
-        return rows[:0], ""
+    later = rows[rows["steps"] > 0]
+    if later.empty:
+        return later, ""
+    shared = {column: later.drop_duplicates(["curve", "b", column]).groupby(column).size() for column in by}
+    column = max(by, key=lambda column: shared[column].max())
+    value = shared[column][shared[column] >= 0.9 * shared[column].max()].index.max()
     return rows[rows[column] == value], f"{'epoch' if column == 'epoch' else 'step'} {value:,g}"
 
 

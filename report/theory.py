@@ -1,16 +1,15 @@
 """The paper's formulas: degree of smoothing δ, critical batch size b*, and C² from a measured b*.
 
-lr: η; b: batch size; beta: β; eps: ε, the gradient norm to reach; c_squared: C², bound of the variance of one image's
-gradient; k: K, bound of the full gradient's norm. Source: section 3 of the paper, arXiv 2402.02325v3, unless said.
-Every argument but the optimizer's name and β may be an array. NaN for an optimizer without a formula.
+lr: η; b: batch size; beta: β; eps: ε, the gradient norm to reach; c_squared: C²; k: K. Source: section 3 of the paper,
+arXiv 2402.02325v3, unless said. All but the optimizer and β may be arrays. NaN for an optimizer without a formula.
 """
 
 import numpy as np
 
 
-def beta_hat(beta):
-    """Return β̂, what SHB's momentum adds: β(β² − β + 1)/(1 − β)²."""
-    return beta * (beta**2 - beta + 1) / (1 - beta) ** 2
+def beta_hat(β):
+    """Return β̂, what SHB's momentum adds."""
+    return β * (β**2 - β + 1) / (1 - β) ** 2
 
 
 # One entry an optimizer, three functions of β: E‖ω‖² by 1st · C²/b + 2nd · K², and b* > 3rd · ηC²/ε². SGD's and SHB's
@@ -29,12 +28,7 @@ def _factors(optimizer, beta):
 
 
 def delta(optimizer, lr, b, c_squared, k=0.0, beta=0.0):
-    """Return δ = ηψ, a length in parameter space.
-
-    sgd   η √(C²/b)
-    shb   η √((1 + β̂) C²/b + β̂ K²)
-    nshb  η √(C²/((1 − β) b))
-    """
+    """Return δ: SGD η √(C²/b), SHB η √((1 + β̂) C²/b + β̂ K²), NSHB η √(C²/((1 − β) b))."""
     variance, gradient, _ = _factors(optimizer, beta)
     return lr * np.sqrt(variance * c_squared / b + gradient * np.square(k))
 
@@ -56,10 +50,7 @@ def c_squared(optimizer, lr, b_star, eps, beta=0.0):
 
 
 def thresholds(optimizer, lr, beta=0.0):
-    """Return 2(1 − β)/η and 2(1 + β)/η, where batch sharpness is said to settle with small and large b; SGD: 2/η.
-
-    η is as in SHB: NSHB's is η(1 − β). NaN for other optimizers. Source: arXiv 2604.14108.
-    """
+    """Return 2(1 − β)/η and 2(1 + β)/η, η as in SHB, where batch sharpness is said to settle (arXiv 2604.14108)."""
     beta = 0.0 if optimizer == "sgd" else beta
     eta = lr * {"sgd": 1.0, "shb": 1.0, "nshb": 1 - beta}.get(optimizer, np.nan)
     return 2 * (1 - beta) / eta, 2 * (1 + beta) / eta

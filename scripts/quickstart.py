@@ -6,14 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 
-def read(folder: Path, name: str) -> pd.DataFrame:
-    """The one table of that name."""
-    (path,) = folder.glob(f"*_{name}.csv")
-    return pd.read_csv(path)
-
-
 def over_b(table: pd.DataFrame, cell) -> str:
-    """A table of text: a line an optimizer, a column a batch size. cell: the text of one row."""
+    """A line of text an optimizer, a column a batch size. cell: the text of one row."""
     sizes = sorted(table["b"].unique())
     lines = ["  b      " + "".join(f"{b:>9}" for b in sizes)]
     for label, rows in table.groupby("label", sort=False):
@@ -24,7 +18,9 @@ def over_b(table: pd.DataFrame, cell) -> str:
 
 def main(folder: Path) -> None:
     """Print the table."""
-    accuracy, delta, stars = (read(folder, name) for name in ("accuracy", "delta", "critical_batch_size"))
+    accuracy, delta, stars = (
+        pd.read_csv(next(folder.glob(f"*_{name}.csv"))) for name in ("accuracy", "delta", "critical_batch_size")
+    )
     seeds = accuracy["seeds"].max()
     print("\nMNIST-1D (generated signals, not images), means over", seeds, "seeds.\n")
     print("Test accuracy (%) of an MLP when it fits its training data; * one that did not fit in 10,000 updates:")

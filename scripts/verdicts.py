@@ -13,10 +13,9 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from arguments import Parser, path
 from report import critical, page, plots, predictors, records
 from report.statistics import level, paired
-from utils import UserError, replacing, say, usable_streams
+from utils import Parser, UserError, as_command, path, replacing
 
 SGD, SHB, NSHB = ({"label": name, "lr": 0.1} for name in ("SGD", "SHB", "NSHB"))
 COVARIANCE, ISOTROPIC = (
@@ -51,10 +50,11 @@ def cell(rows, where):
 
 def accuracy_test(rows, kind, pairs):
     """Return effect, interval, n and p of one of ACCURACY. A seed of which one cell has no accuracy is left out."""
-    sides = [
-        pd.concat([cell(rows, pair[side])[["seed", "accuracy"]] for pair in pairs]).groupby("seed") for side in (0, 1)
-    ]
-    one, other = (side["accuracy"].mean()[side["accuracy"].count() == len(pairs)].reset_index() for side in sides)
+    sides = (
+        pd.concat([cell(rows, where) for where in side]).groupby("seed")["accuracy"]
+        for side in zip(*pairs, strict=True)
+    )
+    one, other = (side.mean()[side.count() == len(pairs)].reset_index() for side in sides)
     found = paired(one, other, "accuracy")
     t = found["difference"] / found["se"]
     p = level(one, other, "accuracy") if kind == "level" else 2 * stats.t.sf(abs(t), found["seeds"] - 1)
@@ -76,15 +76,11 @@ def critical_tests(runs):
     both = [eps for eps in EVERY_EPS if all((lr, eps) in known.index for lr in RATES)]
     if len(both) < 2:
         raise ValueError(f"b* of two ε at both η is needed, known are {list(known.index)}")
-    drawn = {(lr, eps): known.loc[(lr, eps), "redraws"] for lr in RATES for eps in both}
-    n = int(known["seeds"].min())
+    larger, smaller = (np.stack([known.loc[(lr, eps), "redraws"] for eps in both]) for lr in RATES)
     # Redraws of one ε are of one seed: shuffled, or the errors of the two η would cancel.
-    shuffled = np.random.default_rng(0).permutation(critical.REDRAWS)
-    ratio = np.mean([drawn[RATES[0], eps] - drawn[RATES[1], eps][:, shuffled] for eps in both], axis=0)
-    x = np.log2(1 / np.array(both))
-    x -= x.mean()
-    means = [(drawn[RATES[0], eps] + drawn[RATES[1], eps][:, shuffled]) / 2 for eps in both]
-    power = np.tensordot(x, means, 1) / (x @ x)
+    smaller = smaller[..., np.random.default_rng(0).permutation(critical.REDRAWS)]
+    power = np.tensordot(critical.slope_weights(both), (larger + smaller) / 2, 1)
+    ratio, n = (larger - smaller).mean(axis=0), int(known["seeds"].min())
     name = f"log2 b* at η = {RATES[0]} less at {RATES[1]}; by the formula {RATIO:g}"
     return [
         {"test": name, "kind": "formula"} | redrawn(ratio, RATIO, n),
@@ -95,10 +91,7 @@ def critical_tests(runs):
 def holm(p, alpha=0.05):
     """Return which p values are significant, if any false one is to have probability `alpha` at most (Holm 1979)."""
     order, found = np.argsort(p), np.zeros(len(p), bool)
-    for rank, i in enumerate(order):
-        if p[i] > alpha / (len(p) - rank):
-            break
-        found[i] = True
+    found[order] = np.logical_and.accumulate(p[order] <= alpha / np.arange(len(p), 0, -1))
     return found
 
 
@@ -134,9 +127,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    usable_streams()
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as error:
-        say("error", error)
-        sys.exit(2)
+    as_command(main)

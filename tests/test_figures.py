@@ -128,16 +128,6 @@ def test_the_recalibrated_accuracy_stands_beside_the_papers_own(tmp_path):
     assert "| SGD | 200 | 20 | 1 | 0 | 40 | 70 | – |" in text and "| SGD | 400 | 10 | 1 | 0 | 40 | – | – |" in text
 
 
-@pytest.mark.parametrize(("model", "epoch", "said"), [("ConvNet1d", 1, 2), ("ConvNet1d", 5, 0), ("MLP", 1, 0)])
-def test_an_accuracy_that_batchnorm_spoils_says_so(model, epoch, said, tmp_path):
-    for b in (100, 200):
-        metrics = [{"steps": 4000 // b * i, "accuracy": 40, "g-norm": 1.0} for i in (epoch, epoch + 1)]
-        record(tmp_path, f"--model={model} --optimizer=sgd --batchsize={b}", 4000 // b * (epoch + 1), metrics=metrics)
-    found = dict(page.figures(tables_of(tmp_path)))
-    labels = [ax.get_xlabel() for name in ("training", "accuracy") for ax in found[name].axes]
-    assert sum("low before update 100: BatchNorm lags" in text for text in labels) == said
-
-
 def test_a_diverged_seed_is_crossed_out(tmp_path):
     for b in (100, 200):
         record(tmp_path, f"--optimizer=sgd --batchsize={b}", 40, metrics=[{"steps": 4000 // b, "accuracy": 40}])
@@ -278,7 +268,6 @@ def test_tables_of_the_page_are_small_and_their_csvs_whole(drawn):
         assert {row.count("|") for row in (head, rule, *rows)} == {head.count("|")}
     for name, table in made.items():
         if name != "training" and len(table):
-            table = table.drop(columns="thresholds", errors="ignore")
             rows = read(out / f"{SLUG}_{name}.csv")
             assert len(rows) == len(table) and f"({SLUG}_{name}.csv), rows: {len(table)}\n" in text
             for key in rows[0]:
@@ -350,7 +339,12 @@ def test_errors_are_one_line_with_status_2_and_nothing_is_written(tmp_path):
 
 def test_the_process_needs_no_display_no_known_backend_and_no_unicode(tmp_path):
     record(tmp_path / "runs", "--optimizer=sgd", 500, metrics=[{"steps": 250 * i, "g-norm": 1.0} for i in (1, 2)])
-    env = os.environ | {"MPLBACKEND": "nonsense", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    env = os.environ | {
+        "MPLBACKEND": "module://nowhere",
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+    }
     env.pop("DISPLAY", None)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: a font that is missing\n")
     command = [sys.executable, "-W", "error::FutureWarning", ROOT / "figures.py"]

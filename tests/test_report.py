@@ -607,5 +607,5 @@ def test_thresholds_of_sharpness_are_of_one_trajectory_whatever_its_name(made):
     assert theory.thresholds("shb", 0.1, 0.9) == pytest.approx((2, 38))
     assert theory.thresholds("nshb", 1.0, 0.9) == pytest.approx(theory.thresholds("shb", 0.1, 0.9))
     assert np.isnan(theory.thresholds("qhm", 0.1, 0.9)).all()
-    found = made["sharpness"].set_index("label")["thresholds"].to_dict()
-    assert found == {"SGD": "20", "SHB": "2, 38", "NSHB": "20, 380"}
+    found = made["sharpness"].set_index("label")[["threshold_low", "threshold_high"]]
+    assert found.to_numpy().ravel().tolist() == pytest.approx([20, 20, 2, 38, 20, 380])
