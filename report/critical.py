@@ -27,19 +27,23 @@ def crossings(runs, min_epochs=None):
     """
     critical, rows = runs[runs["mode"] == "critical"], []
     known = longest(runs[[(folder / records.NORMS).exists() for folder in runs["folder"]]])
-    fit = fits(records.curves(known))
+    fit, full = fits(records.curves(known)), own(records.measurements(runs)).dropna(subset="full_gradient_norm")
+    full = full.sort_values(["batchnorm", "steps"]).drop_duplicates([*POINT, "steps"], keep="last")  # eval < train
     for run in known.to_dict("records"):
         asked = critical["args"][critical["setting"] == run["setting"]].tolist() or [defaults()]
         every_eps = sorted({eps for args in asked for eps in args["eps"]}, reverse=True)
         rules = sorted({args["min_epochs"] for args in asked})
-        means = running_means(records.gradient_norms(run))
+        means, point = running_means(records.gradient_norms(run)), tuple(run[key] for key in POINT)
+        at = full[(full[POINT] == point).all(axis=1)].sort_values("steps")
         for rule in rules if min_epochs is None else [min_epochs]:
             check = first_check(rule, steps_per_epoch(Namespace(**run["args"])))
             for eps in every_eps:
                 steps = first_crossing(means, 1, eps, check)
                 row = {"min_epochs": rule, "eps": eps, "steps": steps, "checked": len(means)}
                 row |= {"at_first_check": check > 1 and steps == check, "diverged": run["status"] == "diverged"}
-                row["after_fit"] = steps is not None and steps > fit.get(tuple(run[key] for key in POINT), np.inf)
+                row["after_fit"] = steps is not None and steps > fit.get(point, np.inf)
+                row["steps_to_eps_full"] = first = at["steps"][at["full_gradient_norm"] <= eps].min()
+                row["last_above_eps_full"] = at["steps"][at["steps"] < first].max()
                 rows.append({key: run[key] for key in (*records.CURVE, "b", "seed")} | row)
     return pd.DataFrame(rows)
 
@@ -49,6 +53,7 @@ def steps_to_eps(runs, min_epochs=None):
 
     How many seeds reached ε, missed it (entering with the steps made, a lower bound), diverged before, had it at the
     first check or after the fit. log_sfo: less what a seed adds at every b. ratio: to the published steps.
+    steps_to_eps_full, last_above_eps_full: first measured step with ‖∇f‖ ≤ ε, and the one before it.
     """
     table = crossings(runs, min_epochs)
     if table.empty:
@@ -58,7 +63,7 @@ def steps_to_eps(runs, min_epochs=None):
     table["steps"] = table["steps"].astype(float).where(reached, table["checked"].where(~table["diverged"]))
     table = table.assign(reached=reached, missed=~reached, sfo=table["steps"] * table["b"])
     table["log_sfo"] = np.log(table["sfo"]) - _of_seed(table)
-    found = over_seeds(table, KEY, ["steps", "sfo", "log_sfo"])
+    found = over_seeds(table, KEY, ["steps", "sfo", "log_sfo", "steps_to_eps_full", "last_above_eps_full"])
     counts = ["reached", "missed", "diverged", "at_first_check", "after_fit"]
     counts = table.groupby(KEY, dropna=False)[counts].sum().reset_index()
     where = ["curve", "min_epochs", "eps", "b"]

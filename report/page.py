@@ -24,7 +24,7 @@ MEASURED = {
 }
 READING = "Columns are those of the CSV files. Bands: min to max over seeds. Bars, ± and brackets: 95 % intervals."
 CAPTIONS = {
-    "training": "Means. With BatchNorm, accuracy before update 100 is low: running statistics lag.",
+    "training": "Means.",
     "accuracy": "Means; × where a seed diverged, hollow where one did not fit.",
     "steps": "Means; ○ best b; line: interval of b*; ↑ ↓ lower, upper bounds.",
     "delta": "Dashed: formula with the largest C² and K measured; NSHB's is no bound.",
@@ -50,6 +50,7 @@ COLUMNS = {
     "sharpness": "label b steps lambda_max batch_sharpness direction_curvature gradient_curvature threshold",
     "settings": "name fits updates accuracy gap delta temperature lr_over_b",
     "predictors": "predictor settings rank_correlation peak inside r_squared left_out extrapolated",
+    "matched": "equal ratio first second seeds difference at_equal_updates",
 }
 
 
@@ -202,7 +203,7 @@ def write(runs, out, kind="png", min_epochs=None):
         points = predictors.settings(members)
         if points["fits"].any():
             points["name"] = points["curve"].str.removeprefix(f"{network}, ") + ", b " + points["b"].astype(str)
-            made = {"settings": points, "predictors": predictors.table(points)}
+            made = {"settings": points, "predictors": predictors.table(points), "matched": predictors.matched(members)}
             drawn = {"predictors": plots.predictors(points)} if len(made["predictors"]) else {}
             lines += [f"## What predicts accuracy? {network}", "", *_parts(made, drawn, out, _slug(network), kind)]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib import style, ticker
 from matplotlib.figure import Figure
 
+from arguments import lagging
 from measure.quantities import quantity
 
 COLORS = {"SGD": "#0072B2", "SHB": "#D55E00", "NSHB": "#009E73", "QHM": "#CC79A7"}
@@ -36,6 +37,12 @@ def label(name):
     q, words = quantity(name), name.replace("_", " ")
     words = q.symbol if q.symbol and name != "training_loss" else words
     return words + (f" ({q.unit})" if q.unit else "")
+
+
+def _early(table):
+    """Return what to say below a test accuracy, if anything; the second word of `setting` is the network."""
+    steps = table["steps_min" if "steps_min" in table else "steps"].min()
+    return "\nlow before update 100: BatchNorm lags" if lagging(table["setting"].iloc[0].split(", ")[1], steps) else ""
 
 
 def _panels(title, count, width=3.2, **more):
@@ -124,6 +131,9 @@ def training(table):
             if shown == "accuracy":
                 _dashed(ax, rows, "epoch", "accuracy_recalibrated_mean", "recalibrated", look["color"])
         ax.set(xlabel=f"epoch, b = {table['b'].iloc[0]}", ylabel=label(shown))
+        known = table.dropna(subset="accuracy_mean")
+        if shown == "accuracy" and len(known):
+            ax.set_xlabel(ax.get_xlabel() + _early(known))
     _log(axes[2])
     _name_curves(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])))
     return fig
@@ -141,6 +151,7 @@ def accuracy(table, event):
         lost = rows["b"][rows["diverged"] > 0]
         ax.plot(lost, 0.03 + 0 * lost, "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
     _size_axis(ax, table["b"])
+    ax.set_xlabel(ax.get_xlabel() + _early(table.dropna(subset="accuracy_mean")))
     ax.set_ylabel(f"test {label('accuracy')} at {event}")
     _name_curves(ax)
     return fig

@@ -12,6 +12,7 @@ from report.statistics import POINT, fits, longest, measured, over_seeds, own, p
 
 KEY = ["network", "curve", "label", "optimizer", "lr", "beta1", "b"]
 PREDICTORS = ("delta", "delta_formula", "temperature", "lr_over_b", "updates", "lambda_max", "excess_real")
+PARTS = ("noise_square", "fresh", "memory_noise", "memory_drift", "memory_cross")  # where the memory is split
 RESAMPLES = 2000
 
 
@@ -21,33 +22,44 @@ def trajectories(runs):
     rows = rows[(rows["batchnorm"] == rows["batchnorm"].max()) & (rows["epoch"] >= 1)]  # eval < train
     table = longest(runs).set_index(POINT).join(fits(curves))
     end = table["fit"].fillna(table["steps"]).rename("end")
-    late = pd.concat([curves, records.measurements(runs)]).groupby([*POINT, "steps"])
-    late = late[["accuracy", "accuracy_recalibrated", "training_acc"]].first()
-    recalibrated = late["accuracy_recalibrated"].groupby(POINT).count() > 0  # there is BatchNorm
-    late = late.dropna(subset="accuracy").reset_index("steps").join(end)
-    late = late[late["steps"].between(0.9 * late["end"], late["end"])].groupby(POINT).mean()
+    late = last_tenth(evaluated(runs), end)
     rows = rows.join(end, on=POINT).query("steps <= end")
 
-    def of(name, how="mean"):
-        return measured(rows, name).groupby(POINT)[name].agg(how).reindex(table.index)
+    def of(name, how="mean", whole=()):
+        return measured(rows, [name, *whole]).groupby(POINT)[name].agg(how).reindex(table.index)
 
-    accuracy = late["accuracy_recalibrated"].where(recalibrated.reindex(late.index), late["accuracy"])
     lr_eff = table["lr"] / (1 - table["beta1"].where(table["optimizer"] == "shb", 0))
     temperature = lr_eff * (of("variance") + of("injected").fillna(0))
     b = table.index.get_level_values("b")
-    found = {"accuracy": accuracy, "gap": late["training_acc"] - accuracy, "delta": of("delta"), "updates": end}
-    found |= {"lr_eff": lr_eff, "temperature": temperature, "lr_over_b": lr_eff / b, "lambda_max": of("lambda_max")}
-    found["excess_real"] = of("excess_real")
+    found = {"accuracy": late["accuracy"], "gap": late["training_acc"] - late["accuracy"], "updates": end}
+    found |= {"lr_eff": lr_eff, "temperature": temperature, "lr_over_b": lr_eff / b}
+    found |= {name: of(name) for name in ("delta", "lambda_max", "excess_real")}
+    found |= {name: of(name, whole=PARTS) for name in PARTS}
     constants = of("c_squared", "max"), of("full_gradient_norm", "max")
     table = table.assign(**found).reset_index()
     table["delta_formula"] = theory.deltas(table, *constants)
     return table[[*KEY, "seed", "fit", *found, "delta_formula"]]
 
 
+def evaluated(runs):
+    """Return `accuracy`, recalibrated if there is BatchNorm, and training_acc of every evaluation of a trajectory."""
+    rows = pd.concat([records.curves(runs), records.measurements(runs)]).groupby([*POINT, "steps"])
+    rows = rows[["accuracy", "accuracy_recalibrated", "training_acc"]].first()
+    recalibrated = rows["accuracy_recalibrated"].groupby(POINT).transform("count") > 0
+    accuracy = rows["accuracy_recalibrated"].where(recalibrated, rows["accuracy"])
+    return rows.assign(accuracy=accuracy).dropna(subset="accuracy").reset_index("steps")
+
+
+def last_tenth(rows, end):
+    """Return the means of rows of `evaluated` over the last tenth of the updates up to `end`, by trajectory."""
+    rows = rows.join(end)
+    return rows[rows["steps"].between(0.9 * rows["end"], rows["end"])].groupby(POINT).mean()
+
+
 def settings(runs):
     """Return one row a setting: `trajectories` over seeds. Only one that `fits` with every seed is in `table`."""
     rows = trajectories(runs).assign(fitted=lambda rows: rows["fit"].notna())
-    table = over_seeds(rows, KEY, ["fit", "accuracy", "gap", *PREDICTORS])
+    table = over_seeds(rows, KEY, ["fit", "accuracy", "gap", *PREDICTORS, *PARTS])
     fitted = rows.groupby(KEY, dropna=False)["fitted"].agg(fitted="sum", fits="all").reset_index()
     return table.merge(fitted, on=KEY)
 
@@ -77,22 +89,32 @@ def table(points):
     return pd.DataFrame(rows)
 
 
-def matched(rows):
-    """Return one row a pair of settings of `trajectories` that fit, without injected noise, and agree in one of δ and
-    η_eff/b (`equal`) within 5 % in the mean over seeds, while the other differs by half or more.
+def matched(runs):
+    """Return one row a pair of settings that fit, without injected noise, and agree in one of δ and η_eff/b (`equal`)
+    within 5 % in the mean over seeds, while the other differs by half or more.
 
-    first: the setting with more of the other one, `ratio` times the second's. difference, low, high: of its accuracy
-    less the second's, in points, paired by seed.
+    first: the setting with more of the other one, `ratio` times the second's. difference, _low, _high: of its
+    accuracy less the second's, in points, paired by seed. at_equal_updates: up to where the shorter run fits.
     """
-    fit = [each for _, each in rows.groupby(KEY, dropna=False) if each["fit"].notna().all()]
-    fit, found = [each for each in fit if "inject" not in each["label"].iloc[0]], []
+    rows, evaluations, found = trajectories(runs), evaluated(runs), []
+    fit = [each.set_index("seed") for _, each in rows.groupby(KEY, dropna=False) if each["fit"].notna().all()]
+    fit = [each for each in fit if "inject" not in each["label"].iloc[0]]
     for equal, other in (("delta", "lr_over_b"), ("lr_over_b", "delta")):
-        for one, two in permutations(fit, 2):
-            about = {key: one[key].mean() / two[key].mean() for key in (equal, other)}
-            if abs(np.log(about[equal])) <= np.log(1.05) and about[other] >= 1.5:
-                names = [f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in (one, two)]
-                row = {"equal": equal, "ratio": about[other], "first": names[0], "second": names[1]}
-                found.append(row | paired(one, two, "accuracy"))
+        for pair in permutations(fit, 2):
+            about = {key: pair[0][key].mean() / pair[1][key].mean() for key in (equal, other)}
+            if abs(np.log(about[equal])) > np.log(1.05) or about[other] < 1.5:
+                continue
+            end, sides = np.minimum(*(each["updates"] for each in pair)), []
+            for each in pair:
+                ends = each.assign(end=end).reset_index().set_index(POINT)["end"]
+                sides.append(last_tenth(evaluations, ends).reset_index())
+            names = [f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in pair]
+            row = {"equal": equal, "ratio": about[other], "first": names[0], "second": names[1]}
+            for name, two in (("difference", (each.reset_index() for each in pair)), ("at_equal_updates", sides)):
+                one = paired(*two, "accuracy")
+                row |= {"seeds": one["seeds"], name: one["difference"]}
+                row |= {f"{name}_{end}": one[end] for end in ("low", "high")}
+            found.append(row)
     return pd.DataFrame(found)
 
 

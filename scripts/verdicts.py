@@ -1,7 +1,8 @@
 """The six primary tests of docs/plan.md, from the records of the study: fixed before its first run.
 
 Writes one row a test to OUT/verdicts.csv: effect, 95 % interval, n, p, and whether it is significant by Holm's rule;
-and of the MLP one row a setting (settings.csv), how well each predictor does (predictors.csv), and the figure of it.
+of the MLP one row a setting (settings.csv), how well each predictor does (predictors.csv, and its figure), settings of
+equal δ or equal η_eff/b (matched.csv), and accuracy after equal updates (equal_updates.csv).
 """
 
 import sys
@@ -14,7 +15,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from report import critical, page, plots, predictors, records
-from report.statistics import level, paired
+from report.statistics import level, over_seeds, paired
 from utils import Parser, UserError, as_command, path, replacing
 
 SGD, SHB, NSHB = ({"label": name, "lr": 0.1} for name in ("SGD", "SHB", "NSHB"))
@@ -103,6 +104,14 @@ def verdicts(mlp, softmax):
     return table.assign(significant=holm(table["p"].to_numpy()))
 
 
+def equal_updates(mlp):
+    """Return accuracy and training loss after 6,000 updates of SGD at b = 256, with injected noise, and at b = 16."""
+    rows = records.curves(mlp[(mlp["optimizer"] == "sgd") & (mlp["lr"] == 0.1)]).query("b == 16 or b == 256")
+    rows = rows.dropna(subset="accuracy").query("steps <= 6000").sort_values("steps")
+    rows = rows.drop_duplicates(["label", "b", "seed"], keep="last")
+    return over_seeds(rows, [*records.CURVE, "b"], ["steps", "accuracy", "training_loss"])
+
+
 @plots.styled()  # saving draws
 def main(argv):
     """Write the tables. Returns the exit status. UserError."""
@@ -116,9 +125,12 @@ def main(argv):
     except (ValueError, KeyError) as error:
         given = f"argument RUNS_DIR: got {str(args.runs_dir)!r}"
         raise UserError(f"{given}, allowed are the study's records ({error})") from error
-    points = predictors.settings(runs[runs["model"] == "MLP"])
+    mlp = runs[runs["model"] == "MLP"]
+    points = predictors.settings(mlp)
+    tables = {"verdicts": table, "settings": points, "predictors": predictors.table(points)}
+    tables |= {"matched": predictors.matched(mlp), "equal_updates": equal_updates(mlp)}
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("verdicts", table), ("settings", points), ("predictors", predictors.table(points))):
+    for name, rows in tables.items():
         with replacing(args.out / f"{name}.csv") as file:
             file.write(rows.to_csv(index=False, float_format="%.5g").encode())
     page.save(plots.predictors(points), args.out / "predictors.png")

@@ -128,6 +128,16 @@ def test_the_recalibrated_accuracy_stands_beside_the_papers_own(tmp_path):
     assert "| SGD | 200 | 20 | 1 | 0 | 40 | 70 | – |" in text and "| SGD | 400 | 10 | 1 | 0 | 40 | – | – |" in text
 
 
+@pytest.mark.parametrize(("model", "epoch", "said"), [("ConvNet1d", 1, 2), ("ConvNet1d", 5, 0), ("MLP", 1, 0)])
+def test_an_accuracy_that_batchnorm_spoils_says_so(model, epoch, said, tmp_path):
+    for b in (100, 200):
+        metrics = [{"steps": 4000 // b * i, "accuracy": 40, "g-norm": 1.0} for i in (epoch, epoch + 1)]
+        record(tmp_path, f"--model={model} --optimizer=sgd --batchsize={b}", 4000 // b * (epoch + 1), metrics=metrics)
+    found = dict(page.figures(tables_of(tmp_path)))
+    labels = [ax.get_xlabel() for name in ("training", "accuracy") for ax in found[name].axes]
+    assert sum("low before update 100: BatchNorm lags" in text for text in labels) == said
+
+
 def test_a_diverged_seed_is_crossed_out(tmp_path):
     for b in (100, 200):
         record(tmp_path, f"--optimizer=sgd --batchsize={b}", 40, metrics=[{"steps": 4000 // b, "accuracy": 40}])

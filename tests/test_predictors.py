@@ -150,11 +150,13 @@ def test_settings_of_equal_delta_or_equal_rate_are_paired_by_seed(tmp_path):
         write(tmp_path, "nshb", 100, seed, c, delta=0.4)
         write(tmp_path, "sgd", 50, seed, 50.0, delta=0.2, loss=0.02)  # does not fit
         write(tmp_path, "sgd", 400, seed, 50.0, delta=0.2, more="--inject isotropic --inject_batchsize 8")
-    pairs = predictors.matched(predictors.trajectories(records.runs(tmp_path)))
+    pairs = predictors.matched(records.runs(tmp_path))
     assert len(pairs) == 2
     delta, rate = one(pairs, equal="delta"), one(pairs, equal="lr_over_b")
     assert delta["first"].endswith("SGD, b 100") and delta["second"].endswith("SGD, b 200")
     assert "NSHB" in rate["first"] and rate["second"].endswith("SGD, b 100")
     assert (delta["ratio"], rate["ratio"]) == (pytest.approx(2), pytest.approx(2)) and rate["difference"] == 0
     half = stats.t.ppf(0.975, 2) * np.std([2.0, 1.0, 3.0], ddof=1) / 3**0.5
-    assert delta["difference"] == 2 and delta["high"] - 2 == pytest.approx(half)
+    assert delta["difference"] == 2 and delta["difference_high"] - 2 == pytest.approx(half)
+    # b fits after 200 updates, when a has made five of its ten epochs.
+    assert delta["at_equal_updates"] == pytest.approx(-np.mean(accuracies["b"]))
