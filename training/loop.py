@@ -30,26 +30,6 @@ WINDOW = 200  # steps between two readings of the device, at most
 
 
 @dataclass
-class Window:
-    """What consecutive steps measured: arrays with one entry a step.
-
-    steps: their numbers, from 1. losses: mean cross-entropy of the mini-batch, before the update. norms: ‖g_t‖
-    over all parameters. hits: inputs classified correctly. sizes: inputs in the mini-batch.
-    """
-
-    steps: np.ndarray
-    losses: np.ndarray
-    norms: np.ndarray
-    hits: np.ndarray
-    sizes: np.ndarray
-
-    def part(self, start: int, stop: int) -> "Window":
-        """The steps after number `start`, up to and including number `stop`."""
-        at = slice(*np.searchsorted(self.steps, [start, stop], side="right"))
-        return Window(self.steps[at], self.losses[at], self.norms[at], self.hits[at], self.sizes[at])
-
-
-@dataclass
 class Sums:
     """What has been added up over steps, of a run or of an epoch: plain numbers, for they go into checkpoints."""
 
@@ -60,7 +40,7 @@ class Sums:
     norm: float = 0.0
     max_norm: float = 0.0
 
-    def plus(self, window: Window) -> "Sums":
+    def plus(self, window: np.recarray) -> "Sums":
         """These sums and the steps of a window."""
         if not window.steps.size:
             return replace(self)
@@ -112,7 +92,7 @@ class Training:
 
     # --- the loop ---
 
-    def windows(self, last: int, earliest_end: Callable[[], int] | None = None) -> Iterator[Window]:
+    def windows(self, last: int, earliest_end: Callable[[], int] | None = None) -> Iterator[np.recarray]:
         """Train up to step `last`, giving what was measured since the last row each time the device is read.
 
         That is every WINDOW steps, at the end of an epoch, where ω is measured, at `last`, and at the step that
@@ -162,12 +142,12 @@ class Training:
         epoch, left = divmod(self.step, self.steps_per_epoch)
         return self.step >= self.last or (left == 0 and epoch % evaluation_interval(epoch) == 0)
 
-    def _read(self) -> Iterator[Window]:
+    def _read(self) -> Iterator[np.recarray]:
         window = self._window()
         bad = np.flatnonzero(~np.isfinite(window.losses + window.norms))
         if bad.size:
             self.stop("diverged", int(window.steps[bad[0]]))
-            window = window.part(0, self.diverged_at - 1)
+            window = window[window.steps < self.diverged_at]
         elif self.step >= self.last:
             # From before the last window is counted: taken up again for more, a run goes on as one that had been
             # asked for all of it at once.
@@ -183,26 +163,27 @@ class Training:
             self._log(window, measured)
         self.window = []
 
-    def _window(self) -> Window:
+    def _window(self) -> np.recarray:
+        """What the steps since the last row measured, one entry a step: number, loss, ‖g_t‖, hits, inputs."""
         columns = [torch.stack(column).float() for column in zip(*self.window, strict=True)]
         losses, norms, hits = torch.stack(columns).cpu().double().numpy()
         steps = np.arange(self.step - len(self.window) + 1, self.step + 1)
         left_over = self.data.size - (self.steps_per_epoch - 1) * self.args.batchsize
         sizes = np.where(steps % self.steps_per_epoch == 0, left_over, self.args.batchsize)
-        return Window(steps, losses, norms, hits, sizes)
+        return np.rec.fromarrays([steps, losses, norms, hits, sizes], names="steps, losses, norms, hits, sizes")
 
-    def _count(self, window: Window) -> None:
+    def _count(self, window: np.recarray) -> None:
         """Add a window to the sums and its norms to the history. From here on a checkpoint holds it as done."""
         self.epoch, self.total = self.epoch_with(window), self.total.plus(window)
         if self.record:
             self.record.norms.append_norms(window.norms)
 
-    def epoch_with(self, window: Window) -> Sums:
+    def epoch_with(self, window: np.recarray) -> Sums:
         """Sums over the epoch of the window's last step, up to that step."""
         end = int(window.steps[-1])
         start = (end - 1) // self.steps_per_epoch * self.steps_per_epoch
         before = self.epoch if window.steps[0] - 1 > start else Sums()
-        return before.plus(window.part(start, end))
+        return before.plus(window[window.steps > start])
 
     def stop(self, outcome: str, diverged_at: int | None = None) -> None:
         """End the run at the present step, its window not yet counted: the only way to end before `last`.
@@ -284,7 +265,7 @@ class Training:
         hits, loss = totals.tolist()
         return 100 * hits / n, loss / n
 
-    def _log(self, window: Window | None, measured: list[dict]) -> None:
+    def _log(self, window: np.recarray | None, measured: list[dict]) -> None:
         """One row of metrics.csv (none before the first step), and what was measured at the present step."""
         if self.record is None:
             return
