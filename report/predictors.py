@@ -112,8 +112,8 @@ def matched(runs):
             row = {"equal": equal, "ratio": about[other], "first": names[0], "second": names[1]}
             for name, two in (("difference", (each.reset_index() for each in pair)), ("at_equal_updates", sides)):
                 one = paired(*two, "accuracy")
-                row |= {"seeds": one["seeds"], name: one["difference"]}
-                row |= {f"{name}_{end}": one[end] for end in ("low", "high")}
+                row |= {name: one["difference"], f"{name}_low": one["low"], f"{name}_high": one["high"]}
+                row.setdefault("seeds", one["seeds"])
             found.append(row)
     return pd.DataFrame(found)
 
