@@ -43,9 +43,6 @@ OF_MODE = {
 OF_MEASURING = ("measure", "draws", "draw_batchsizes", "measure_batchnorm", "full_grad_batchsize", "exact_memory")
 
 
-# --- the parser ---------------------------------------------------------------------------------------------
-
-
 def matching(pattern: str, allowed: str) -> Callable:
     """A converter for argparse of texts that match a pattern."""
 
@@ -144,9 +141,6 @@ def defaults() -> dict:
     return vars(build_parser().parse_args([]))
 
 
-# --- checking -----------------------------------------------------------------------------------------------
-
-
 def parse(argv: list[str]) -> Namespace:
     """The checked arguments, `name` filled in. UserError names the argument, what was given and what is allowed."""
     parser = build_parser()
@@ -235,9 +229,6 @@ def _wandb_mode(entity: str) -> str:
 
 def _words(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-# --- what follows from them ---------------------------------------------------------------------------------
 
 
 def result_arguments(args: Namespace) -> dict:

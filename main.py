@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH
 from arguments import EXIT_STATUS, lagging, parse, planned_steps
 from measure.quantities import QUANTITIES, quantity
 from training.record import EVALUATED
-from training.stopping import StoppingRule, first_check
+from training.stopping import StoppingRule, first_check, first_measured
 from utils import Signals, Stopped, UserError, handling, out_of_memory, pick_device, say, set_up, usable_streams
 
 if TYPE_CHECKING:
@@ -62,14 +62,9 @@ def full_gradient_stop(run: "Training") -> dict:
     """The first measured step at which ‖∇f(x_t)‖ is at most ε, and the measured step before it, for each ε."""
     rows = [row for row in run.record.measurements.rows() if row["full_gradient_norm"]]
     norms = {int(row["steps"]): float(row["full_gradient_norm"]) for row in reversed(rows)}
-    if not norms:
-        return {}
-    reached, above = {}, {}
-    for eps in run.args.eps:
-        first = min((step for step in norms if norms[step] <= eps), default=None)
-        reached[repr(eps)] = first
-        above[repr(eps)] = max((step for step in norms if first is None or step < first), default=None)
-    return {"steps_to_eps_full": reached, "last_above_eps_full": above}
+    found = {repr(eps): first_measured(norms, eps) for eps in run.args.eps if norms}
+    names = ("steps_to_eps_full", "last_above_eps_full")
+    return {name: {eps: each[i] for eps, each in found.items()} for i, name in enumerate(names) if norms}
 
 
 def sampling(run: "Training") -> dict:

@@ -23,8 +23,6 @@ from typing import NoReturn
 
 import numpy as np
 
-# --- what is said to the user -------------------------------------------------------------------------------
-
 
 class UserError(Exception):
     """A mistake of the user's or of the surroundings: printed as one line, `error: …`; exit status 2."""
@@ -81,8 +79,6 @@ def as_command(main: Callable[[list[str]], int]) -> NoReturn:
         say("error", error)
         sys.exit(2)
 
-
-# --- the command line -------------------------------------------------------------------------------------
 
 SYNONYMS = {"learning_rate": "lr", "eta": "lr", "momentum": "beta1", "bs": "batchsize", "epsilon": "eps"}
 SYNONYMS |= {"compile": "cuda_graph", "full_grad_every": "measure_every", "shape": "measure", "smoothing": "measure"}
@@ -177,9 +173,6 @@ def path(text: str) -> Path:
     return Path(text).expanduser()  # a shell leaves the ~ of --runs_dir=~/runs to us
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def replacing(path: Path, keep: Path | None = None):
     """A binary file to write that takes the place of `path` once it is on disk, or never. keep: where that goes."""
@@ -220,9 +213,6 @@ def read_json(path: Path) -> dict:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-# --- setting up ---------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str):
@@ -288,8 +278,6 @@ def out_of_memory(error: BaseException) -> bool:
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
-
-# --- signals ------------------------------------------------------------------------------------------------
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

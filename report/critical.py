@@ -10,7 +10,7 @@ from scipy.interpolate import CubicSpline
 from arguments import defaults, steps_per_epoch
 from report import published, records, theory
 from report.statistics import POINT, fits, longest, measured, over_seeds, own
-from training.stopping import first_check, first_crossing, running_means
+from training.stopping import first_check, first_crossing, first_measured, running_means
 
 KEY = [*records.CURVE, "min_epochs", "eps", "b"]
 REDRAWS = 10_000
@@ -34,7 +34,7 @@ def crossings(runs, min_epochs=None):
         every_eps = sorted({eps for args in asked for eps in args["eps"]}, reverse=True)
         rules = sorted({args["min_epochs"] for args in asked})
         means, point = running_means(records.gradient_norms(run)), tuple(run[key] for key in POINT)
-        at = full[(full[POINT] == point).all(axis=1)].sort_values("steps")
+        at = full[(full[POINT] == point).all(axis=1)].set_index("steps")["full_gradient_norm"].to_dict()
         for rule in rules if min_epochs is None else [min_epochs]:
             check = first_check(rule, steps_per_epoch(Namespace(**run["args"])))
             for eps in every_eps:
@@ -42,8 +42,7 @@ def crossings(runs, min_epochs=None):
                 row = {"min_epochs": rule, "eps": eps, "steps": steps, "checked": len(means)}
                 row |= {"at_first_check": check > 1 and steps == check, "diverged": run["status"] == "diverged"}
                 row["after_fit"] = steps is not None and steps > fit.get(point, np.inf)
-                row["steps_to_eps_full"] = first = at["steps"][at["full_gradient_norm"] <= eps].min()
-                row["last_above_eps_full"] = at["steps"][at["steps"] < first].max()
+                row["steps_to_eps_full"], row["last_above_eps_full"] = first_measured(at, eps)
                 rows.append({key: run[key] for key in (*records.CURVE, "b", "seed")} | row)
     return pd.DataFrame(rows)
 
@@ -63,7 +62,9 @@ def steps_to_eps(runs, min_epochs=None):
     table["steps"] = table["steps"].astype(float).where(reached, table["checked"].where(~table["diverged"]))
     table = table.assign(reached=reached, missed=~reached, sfo=table["steps"] * table["b"])
     table["log_sfo"] = np.log(table["sfo"]) - _of_seed(table)
-    found = over_seeds(table, KEY, ["steps", "sfo", "log_sfo", "steps_to_eps_full", "last_above_eps_full"])
+    full = ["steps_to_eps_full", "last_above_eps_full"]
+    table[full] = table[full].astype(float)
+    found = over_seeds(table, KEY, ["steps", "sfo", "log_sfo", *full])
     counts = ["reached", "missed", "diverged", "at_first_check", "after_fit"]
     counts = table.groupby(KEY, dropna=False)[counts].sum().reset_index()
     where = ["curve", "min_epochs", "eps", "b"]

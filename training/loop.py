@@ -90,8 +90,6 @@ class Training:
         self.has_batchnorm = has_batchnorm(self.model)
         self.next_checkpoint = time.monotonic() + args.checkpoint_every
 
-    # --- the loop ---
-
     def windows(self, last: int, earliest_end: Callable[[], int] | None = None) -> Iterator[np.recarray]:
         """Train up to step `last`, giving what was measured since the last row each time the device is read.
 
@@ -193,8 +191,6 @@ class Training:
         self.outcome, self.diverged_at = outcome, diverged_at
         self.save()
 
-    # --- a step ---
-
     def eager_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update on inputs x (b, …) and labels y (b,); loss, ‖g_t‖ and hits, still on the device."""
         for p in self.params:
@@ -222,8 +218,6 @@ class Training:
         """The mini-batch that the next step takes."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         return next(self.data.epoch(epoch, self.args.batchsize, start))
-
-    # --- evaluating and logging ---
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -286,8 +280,6 @@ class Training:
         evaluated = self.evaluated if self.evaluated.get("steps") == end and self.outcome != "diverged" else {}
         row |= {name: evaluated.get(name) for name in EVALUATED}
         self.record.log(row, measured, say=self.evaluation_due or self.outcome is not None)
-
-    # --- checkpoints ---
 
     def save(self) -> None:
         """Write a checkpoint. An epoch's permutation and augmentation follow from the seed and the step alone."""

@@ -42,8 +42,6 @@ class Measuring:
         self.memory = ExactMemory(run.objective(), run.optimizer) if self.on and run.args.exact_memory else None
         self.fed = -1  # the last step whose full gradient the exact memory has taken in
 
-    # --- when ---
-
     def due(self) -> bool:
         """Whether the present step is one to measure at; a run's last always is."""
         step = self.run.step
@@ -75,8 +73,6 @@ class Measuring:
             chunks = run.data.full_pass(run.step, self.args.full_grad_batchsize)
             self.memory.add(objective.full_gradient(chunks, run.data.size))
         self.fed = run.step
-
-    # --- what ---
 
     def measure(self) -> list[dict]:
         """Rows of measurements.csv at the present x_t; none, and the run ends, if ω is not finite.
@@ -190,8 +186,6 @@ class Measuring:
         cost += n * (0.4 * (m + 4 * controls) + 3 * controls + 50) if "smoothing" in args.measure else 0
         cost += 187 * n + 129 * args.batchsize if "sharpness" in args.measure else 0
         return len(args.measure_batchnorm) * cost
-
-    # --- checkpoints ---
 
     def state_dict(self) -> dict:
         """What the exact memory holds."""

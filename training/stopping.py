@@ -20,6 +20,14 @@ def first_crossing(means: np.ndarray, first: int, eps: float, first_check: int) 
     return first + start + int(below[0]) if below.size else None
 
 
+def first_measured(norms: dict[int, float], eps: float) -> tuple[int | None, int | None]:
+    """The first measured step with ‖∇f‖ at most ε, and the one before it. norms: ‖∇f‖ by step."""
+    steps = sorted(norms)
+    first = next((step for step in steps if norms[step] <= eps), None)
+    before = [step for step in steps if first is None or step < first]
+    return first, before[-1] if before else None
+
+
 def first_check(min_epochs: int, steps_per_epoch: int) -> int:
     """The step at which the check starts: once `min_epochs` passes over the data are complete."""
     return max(1, min_epochs * steps_per_epoch)
