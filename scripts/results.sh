@@ -3,11 +3,13 @@
 #
 #   scripts/results.sh [PART …] [FLAGS]     # default: mnist1d
 #
-# mnist1d   arms, grid, cells, softmax, after_fit, memory and shape below: an MLP and softmax regression, five seeds
-# confirm   the cells that the tests are about, again, on five fresh seeds
-# convnet   ConvNet1d, with BatchNorm, three seeds
-# images    CIFAR20-5k, ResNet8: three optimizers, five batch sizes, three seeds
-# cifar100  CIFAR-100, ResNet20, early training: what the noise is made of, and whether it smooths; ResNet18 once
+# mnist1d   arms, grid, cells, softmax, after_fit, memory and shape below: an MLP and softmax regression, five seeds; 53
+#           minutes of two cores that had other work too
+# confirm   the cells that the tests are about, again, on five fresh seeds; 14 minutes
+# convnet   ConvNet1d, with BatchNorm, three seeds; 45 minutes of one core
+# images    CIFAR20-5k, ResNet8: three optimizers, five batch sizes, three seeds; some 4 hours of a core a seed
+# cifar100  CIFAR-100, ResNet20, early training: what the noise is made of, and whether it smooths; ResNet18 once; 6.6
+#           hours of a core (results/cost.csv)
 #
 # FLAGS go to scripts/sweep.sh for every run, as --dry_run, or for a GPU: cifar100 --model ResNet18 --seeds "0 1 2".
 # What is done is skipped, so the same command goes on. SEEDS and JOBS (runs at a time) may be set; RESULTS is where all
