@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import os
 import random
 import re
 import subprocess
@@ -243,22 +244,29 @@ def small_cifar(monkeypatch):
     return random_arrays(12, 4)
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
 DAMAGED = {
     "truncated": lambda path, arrays: path.write_bytes(path.read_bytes()[:9000]),
     "garbled": lambda path, arrays: path.write_bytes(path.read_bytes().replace(bytes(arrays["x_train"][3]), b"")),
     "missing array": lambda path, arrays: np.savez(path, x_train=arrays["x_train"]),
     "too few": lambda path, arrays: np.savez(path, **arrays | {"x_train": arrays["x_train"][:5]}),
     "labels": lambda path, arrays: np.savez(path, **arrays | {"y_train": arrays["y_train"] + 5}),
-    "pickle": lambda path, arrays: np.savez(path, **arrays | {"y_test": np.array([print] * 4, dtype=object)}),
+    "pickle": lambda path, arrays: np.savez(path, **arrays | {"y_test": np.array([Evil()] * 4, dtype=object)}),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_cache_is_named_with_what_to_do(kind, small_cifar, tmp_path):
+def test_a_damaged_cache_is_named_with_what_to_do(kind, small_cifar, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "CIFAR10.npz", **small_cifar)
     DAMAGED[kind](tmp_path / "CIFAR10.npz", small_cifar)
     with pytest.raises(UserError, match=r"--data_dir.*CIFAR10\.npz.*delete it"):
         data.load("CIFAR10", tmp_path, CPU, 0)
+    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.fixture
