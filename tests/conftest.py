@@ -38,6 +38,13 @@ def backends_restored():
     os.environ |= workspace
 
 
+class Evil:
+    """Pickled, it makes a directory where it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
 class Tiny(nn.Module):
     """A convolution, BatchNorm and a linear layer: quick, and with all that training has to keep."""
 

@@ -44,7 +44,6 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--lr", "0.1", "--seed", "0", "1", "2"], "arguments: 1 2", "--seed takes one value", "scripts/sweep.sh"),
     (["two words", "--lr", "0.1"], "arguments: two words", "--help", ""),
     (["--cuda_graph", "yes"], "unrecognized arguments", "yes", "--help"),
-    (["--compile"], "--compile", "did you mean --cuda_graph?", ""),
     (["--deterministic=1"], "--deterministic", "'1'", "ignored explicit argument"),
     (["--data_dir", ""], "--data_dir", "''", "directory"),
     (["--checkpoint_every", "-1"], "--checkpoint_every", "'-1'", "at least 0"),
@@ -53,11 +52,9 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--name", "x" * 300], "--name", "'xxxxx", "128"),
     (["--wandb_mode", "on"], "--wandb_mode", "'on'", "offline"),
     (["--wandb_project", "a/b"], "--wandb_project", "'a/b'", "up to 128"),
-    (["--batch_size", "8"], "--batch_size", "8", "did you mean --batchsize?"),
     (["--learning-rate=0.1"], "--learning_rate", "0.1", "did you mean --lr?"),
     (["--qqq"], "unrecognized arguments", "--qqq;", "--help lists what is allowed"),
     (["--dataset", "cifar100"], "--dataset", "'cifar100'", "did you mean CIFAR100?"),
-    (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb, qhm; did you mean sgd?"),
     (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
     ([*SAMPLING, "--steps", "5", "0", "5"], "--steps", "5 0 5", "each value once"),
     ([*SAMPLING, "--draws", "1"], "--draws", "'1'", "at least 2"),
@@ -101,15 +98,6 @@ def test_bad_arguments(argv, argument, given, allowed, tmp_path, monkeypatch, ca
     status = main.cli([*(["--dataset", "digits"] if "--dataset" not in argv else []), *argv])
     out = capsys.readouterr()
     check(subprocess.CompletedProcess(argv, status, out.out, out.err), argument, given, allowed)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_bad_arguments_of_a_real_command_load_no_torch(tmp_path):
-    program = "import runpy, sys; sys.argv = ['main.py', '--lr', 'x']\n"
-    program += f"try: runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
-    program += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "2 False\n" and done.stderr.startswith("error: argument --lr: got 'x'")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,15 +198,15 @@ PROGRAMS = ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x", "scrip
 
 
 @pytest.mark.parametrize("words", [*PROGRAMS, "-m scripts.sweep x", "-m scripts.verdicts x", "-m main --lr=0"])
-def test_programs_start_however_python_is_called(words):
+def test_programs_start_however_python_is_called_and_refuse_without_torch(words, tmp_path):
     """PYTHONSAFEPATH leaves a script's directory out of Python's path, and -m puts another in."""
-    env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1"}
+    (tmp_path / "torch.py").write_text("print('loaded')")
+    env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert done.stdout == ""
 
 
 def test_help_names_every_flag(tmp_path):
     done = run_main("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for flag in ["mode", "dataset", "model", "optimizer", "lr", "batchsize", "beta1", "eps", "seed", "resume"]:
-        assert f"--{flag}" in done.stdout
+    assert done.returncode == 0 and all(f"--{flag} " in done.stdout for flag in ("mode", "beta1", "eps", "resume"))

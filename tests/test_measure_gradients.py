@@ -65,15 +65,6 @@ def test_what_a_loss_does_not_need_has_gradient_zero():
     assert torch.equal(Objective(model, params=[weight]).gradient(batch)[0], gradient[0])
 
 
-def test_between_is_told_what_each_pass_costs():
-    (x, y), costs = images(50), []
-    objective = Objective(plain_net(0), between=costs.append)
-    objective.full_gradient(chunks(x, y, 20), 50)
-    objective.gradient((x[:8], y[:8]))
-    objective.value(chunks(x, y, 30))
-    assert costs == [20, 20, 10, 8, 0.4 * 30, 0.4 * 20]
-
-
 def test_the_loss_is_averaged_over_images_in_float64():
     (x, y), model = images(50), plain_net(0)
     exact = F.cross_entropy(model(x).double(), y).item()

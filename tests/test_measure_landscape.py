@@ -230,20 +230,13 @@ def test_smoothing_on_a_quadratic(name, seed):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_controls_on_a_quadratic(name):
-    """Over many points the controls have the curvature of their covariance: η² tr(HΣ)/2."""
-    f, _, optimizer, full, draws, known = measured_step(name, 2)
-    hessian, _, _, gradients, _, w, lr = known
+def test_controls_have_the_covariance_of_the_noise_or_its_trace(name):
+    f, _, optimizer, full, draws, (*_, gradients, _, w, lr) = measured_step(name, 2)
     step, g = Step(f.params, optimizer, full, draws), generator(5)
     sigma = w**2 * np.cov(gradients.T)
-    controls = {"gaussian": sigma, "isotropic": np.trace(sigma) / 5 * np.eye(5)}
-    for kind, covariance in controls.items():
+    for kind, covariance in {"gaussian": sigma, "isotropic": np.trace(sigma) / 5 * np.eye(5)}.items():
         points = np.array([vector(getattr(step, kind)(g)) for _ in range(4000)])
         np.testing.assert_allclose(points.T @ points / 4000, lr**2 * covariance, atol=0.1 * lr**2 * np.trace(sigma))
-        curvatures = np.einsum("ki,ij,kj->k", points, hessian, points) / 2
-        expected = lr**2 * np.trace(hessian @ covariance) / 2
-        assert abs(curvatures.mean() - expected) < 4 * curvatures.std() / math.sqrt(4000)
-    assert step.norm == pytest.approx(lr * math.sqrt(np.trace(sigma)), rel=1e-8)
 
 
 def test_estimates_are_unbiased_and_their_errors_cover():
@@ -276,17 +269,6 @@ def test_estimates_are_unbiased_and_their_errors_cover():
         errors, standard = np.array([numbers[key] for numbers in found]).T
         assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(80), key
         assert 0.88 <= np.mean(np.abs(errors) < 1.96 * standard) <= 1 - (key == "real") / 80, key
-
-
-def test_a_vector_and_its_mirror_image_leave_curvature_alone():
-    """On a quadratic exactly; one way there is ∇fᵀv too, so that a control of P points would be mostly noise."""
-    f, probe, _, _, _, known = measured_step("shb", 1)
-    hessian, _, nabla, *_ = known
-    at, v = values(f, probe), isotropic(f.params, 0.01, generator(3))
-    curvature = vector(v) @ hessian @ vector(v) / 2
-    assert rises(f, probe, at, [v, v], mirrored=True).mean(1) == pytest.approx([curvature] * 2, rel=1e-9)
-    assert rises(f, probe, at, [v]).mean(1) == pytest.approx([nabla @ vector(v) + curvature], rel=1e-9)
-    assert abs(nabla @ vector(v)) > 5 * curvature
 
 
 @pytest.mark.parametrize("batchnorm", [False, True])

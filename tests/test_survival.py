@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, run_main, summary
+from conftest import PATIENCE, ROOT, Evil, run_main, summary
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 import child
@@ -151,11 +151,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(mode, damage, tmp_pat
     status, log = child.run(argv, tmp_path)
     assert status == 0 and "resumed at step" in log and "warning" not in log, log
     assert outcome(directory) == reference(mode)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
 
 
 @pytest.mark.parametrize(
