@@ -38,6 +38,13 @@ def backends_restored():
     os.environ |= workspace
 
 
+class Evil:
+    """Pickled, it makes a directory where it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
 class Tiny(nn.Module):
     """A convolution, BatchNorm and a linear layer: quick, and with all that training has to keep."""
 
@@ -111,19 +118,24 @@ def rows(directory, name="metrics"):
         return list(csv.DictReader(file))
 
 
-def make_data(n=60, n_test=20, classes=10, seed=0, augmented=True, device="cpu"):
-    """Random images with random labels, as a Data."""
+def random_arrays(n, n_test, shape=(32, 32, 3)):
+    """Images, or vectors of mean 2 and standard deviation 3, with random labels of 10 classes."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, k in (("train", n), ("test", n_test)):
+        images, numbers = rng.integers(0, 256, (k, *shape), dtype=np.uint8), rng.normal(2, 3, (k, *shape))
+        arrays[f"x_{part}"] = images if len(shape) == 3 else numbers.astype(np.float32)
+        arrays[f"y_{part}"] = rng.integers(0, 10, k)
+    return arrays
+
+
+def make_data(n=60, n_test=20, augmented=True, device="cpu", shape=(32, 32, 3)):
+    """`random_arrays` as a Data."""
     from datasets import Spec
     from training.data import Data
 
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for part, k in (("train", n), ("test", n_test)):
-        arrays[f"x_{part}"] = rng.integers(0, 256, (k, 32, 32, 3), dtype=np.uint8)
-        arrays[f"y_{part}"] = rng.integers(0, classes, k)
-    angle = 15.0 if augmented else 0.0
-    spec = Spec(n, n_test, classes, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None, augmented, angle)
-    return Data(spec, arrays, torch.device(device), seed)
+    mean, std = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)) if len(shape) == 3 else ((2.0,), (3.0,))
+    spec = Spec(n, n_test, 10, mean, std, None, augmented, 15.0 if augmented else 0.0, shape)
+    return Data(spec, random_arrays(n, n_test, shape), torch.device(device), 0)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """Every flag and file given badly, as a real command: exit status 2, one `error:` line, nothing written."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import child
-import numpy as np
 import pytest
 from conftest import ROOT, run_main
 
@@ -17,7 +15,6 @@ from arguments import parse
 SAMPLING = ["--mode", "sampling"]
 ROWS = [  # arguments; what the line must name: the argument, what was given, what is allowed
     (["--mode", "train"], "--mode", "'train'", "critical"),
-    (["--mode"], "--mode", "expected one argument", ""),
     (["--dataset", "MNIST"], "--dataset", "'MNIST'", "digits"),
     (["--model", "ResNet50"], "--model", "'ResNet50'", "ResNet18"),
     (["--epochs", "0"], "--epochs", "'0'", "at least 1"),
@@ -25,14 +22,10 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--lr", "0"], "--lr", "'0'", "above 0"),
     (["--lr", "nan"], "--lr", "'nan'", "finite"),
     (["--lr", "1e39"], "--lr", "'1e39'", "at most 1e38"),
-    (["--epochs", "9" * 400], "--epochs", "'999", "whole number"),
     (["--seed", "9" * 5000], "--seed", "'999", "0 to 2^63"),
     (["--device", "cuda:00"], "--device", "'cuda:00'", "cuda:0"),
-    (["--lr", "fast"], "--lr", "'fast'", "number"),
     (["--batchsize", "1438"], "--batchsize", "1438", "at most the 1437"),
-    (["--dataset", "CIFAR100", "--batchsize", "50001"], "--batchsize", "50001", "at most the 50000"),
     (["--beta1", "1"], "--beta1", "'1'", "not including, 1"),
-    (["--beta1", "nan"], "--beta1", "'nan'", "from 0"),
     (["--beta1", "0,9"], "--beta1", "'0,9'", "from 0"),
     (["--nu", "1.1"], "--nu", "'1.1'", "from 0 to 1"),
     (["--inject", "gaussian", "--inject_batchsize", "2"], "--inject", "'gaussian'", "covariance, isotropic"),
@@ -43,49 +36,38 @@ ROWS = [  # arguments; what the line must name: the argument, what was given, wh
     (["--eps"], "--eps", "expected at least one argument", ""),
     (["--min_epochs", "-1"], "--min_epochs", "'-1'", "at least 0"),
     (["--steps", "-1"], "--steps", "'-1'", "at least 0"),
-    (["--mode", "sampling", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
     (["--measure_every", "1", "--full_grad_batchsize", "2000"], "--full_grad_batchsize", "2000", "at most the 1437"),
     (["--full_grad_every", "1"], "--full_grad_every", "1", "did you mean --measure_every?"),
     (["--seed", "-1"], "--seed", "'-1'", "0 to 2^63"),
-    (["--device", "gpu"], "--device", "'gpu'", "cuda"),
     (["--device", "mps"], "--device", "'mps'", "has no float64"),
     (["--mode=critical", "--eps=1.0", "0.7", "0.5"], "arguments: 0.7 0.5", "stand without =: --eps 1.0 0.7", ""),
     (["--lr", "0.1", "--seed", "0", "1", "2"], "arguments: 1 2", "--seed takes one value", "scripts/sweep.sh"),
     (["two words", "--lr", "0.1"], "arguments: two words", "--help", ""),
     (["--cuda_graph", "yes"], "unrecognized arguments", "yes", "--help"),
-    (["--compile"], "--compile", "did you mean --cuda_graph?", ""),
     (["--deterministic=1"], "--deterministic", "'1'", "ignored explicit argument"),
     (["--data_dir", ""], "--data_dir", "''", "directory"),
     (["--checkpoint_every", "-1"], "--checkpoint_every", "'-1'", "at least 0"),
     (["--name", "../../x"], "--name", "'../../x'", "A-Z"),
-    (["--name", ".hidden"], "--name", "'.hidden'", "A-Z"),
-    (["--name", "a\nb"], "--name", "'a\\nb'", "A-Z"),
     (["--name", "a\x1b[31m"], "--name", "x1b", "A-Z"),
     (["--name", "x" * 300], "--name", "'xxxxx", "128"),
     (["--wandb_mode", "on"], "--wandb_mode", "'on'", "offline"),
     (["--wandb_project", "a/b"], "--wandb_project", "'a/b'", "up to 128"),
-    (["--batch_size", "8"], "--batch_size", "8", "did you mean --batchsize?"),
     (["--learning-rate=0.1"], "--learning_rate", "0.1", "did you mean --lr?"),
     (["--qqq"], "unrecognized arguments", "--qqq;", "--help lists what is allowed"),
     (["--dataset", "cifar100"], "--dataset", "'cifar100'", "did you mean CIFAR100?"),
-    (["--model", "resnet_18"], "--model", "'resnet_18'", "did you mean ResNet18?"),
-    (["--optimizer", "SGD"], "--optimizer", "'SGD'", "allowed are sgd, shb, nshb, qhm; did you mean sgd?"),
     (["--eps", "0.5,0.7"], "--eps", "'0.5,0.7'", "spaces separate them"),
     ([*SAMPLING, "--steps", "5", "0", "5"], "--steps", "5 0 5", "each value once"),
     ([*SAMPLING, "--draws", "1"], "--draws", "'1'", "at least 2"),
     ([*SAMPLING, "--draws", "3", "--measure", "shape"], "--draws", "3", "4 and more with shape"),
     ([*SAMPLING, "--measure", "size"], "--measure", "'size'", "noise, shape, smoothing, sharpness"),
-    ([*SAMPLING, "--measure", "noise", "noise"], "--measure", "noise noise", "each value once"),
     ([*SAMPLING, "--draw_batchsizes", "8"], "--draw_batchsizes", "8", "only --measure noise, or --draws"),
     ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "1438"], "--draw_batchsizes", "1438", "at most the 1437"),
     ([*SAMPLING, "--draws", "4", "--draw_batchsizes", "8", "8"], "--draw_batchsizes", "8 8", "each value once"),
-    ([*SAMPLING, "--measure_batchnorm", "training"], "--measure_batchnorm", "'training'", "did you mean train?"),
     # What does not affect the run:
     (["--mode", "critical", "--epochs", "3"], "--epochs", "got 3", "only --mode normal uses it"),
     (["--eps", "1"], "--eps", "got 1.0", "only --mode critical uses it"),
     ([*SAMPLING, "--measure_every", "1"], "--measure_every", "got 1.0", "--mode sampling measures at --steps"),
     (["--draws", "8"], "--draws", "got 8", "measures with --measure_every"),
-    (["--mode", "critical", "--measure", "shape"], "--measure", "shape", "measures with --measure_every"),
     (["--full_grad_batchsize", "100"], "--full_grad_batchsize", "got 100", "measures with --measure_every"),
     ([*SAMPLING, "--draws", "8", "--probe_images", "9"], "--probe_images", "got 9", "smoothing or sharpness"),
     (["--optimizer", "sgd", "--beta1", "0.5"], "--beta1", "got 0.5", "--optimizer sgd does not use it"),
@@ -119,15 +101,6 @@ def test_bad_arguments(argv, argument, given, allowed, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_arguments_of_a_real_command_load_no_torch(tmp_path):
-    program = "import runpy, sys; sys.argv = ['main.py', '--lr', 'x']\n"
-    program += f"try: runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
-    program += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "2 False\n" and done.stderr.startswith("error: argument --lr: got 'x'")
-    assert list(tmp_path.iterdir()) == []
-
-
 QUICK = ["--dataset", "digits", "--model", "ResNet20", "--batchsize", "1437", "--max_steps", "1"]
 
 
@@ -149,32 +122,11 @@ def test_what_only_the_machine_can_tell(tmp_path):
         assert [p.name for p in tmp_path.rglob("*")] == ["file"], argv
 
 
-def test_a_pickle_in_the_data_cache_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "pwned",)
-
-    (tmp_path / "data").mkdir()
-    np.savez(tmp_path / "data" / "CIFAR100.npz", x_train=np.array([Evil()], dtype=object))
-    check(forked("--max_steps", "1", cwd=tmp_path), "--data_dir", "delete it")
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_a_run_that_exists_is_not_touched(tmp_path):
-    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
-    argv = [*QUICK, "--name", "x"]
-    assert forked(*argv, cwd=tmp_path).returncode == 0
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    check(forked(*argv, cwd=tmp_path), "--name", "exists already (finished)", "--resume")
-    line = check(forked(*argv, "--resume", "--lr", "0.2", "--beta1", "0.5", cwd=tmp_path), "--resume")
-    assert "--lr 0.2 (was 0.1)" in line and "--beta1 0.5 (was 0.9)" in line and "--seed" not in line
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    done = forked(*argv, "--resume", cwd=tmp_path)
-    assert done.returncode == 0 and "finished already" in done.stdout
-    shutil.rmtree(tmp_path / "runs" / "x")
-    (tmp_path / "runs" / "x").mkdir()
-    (tmp_path / "runs" / "x" / "notes.txt").write_text("somebody's")
-    check(forked(*argv, cwd=tmp_path), "exists already (unfinished)")
+def test_a_directory_of_somebody_s_is_not_touched(tmp_path):
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "notes.txt").touch()
+    check(forked(*QUICK, "--name", "x", cwd=tmp_path), "--name", "exists already (unfinished)", "--resume")
+    assert [p.name for p in tmp_path.rglob("*")] == ["runs", "x", "notes.txt"]
 
 
 def test_a_wandb_mode_that_does_not_exist(tmp_path):
@@ -218,17 +170,13 @@ def test_default_names_do_not_collide():
     assert all(len(found) == 1 for found in names.values()), names
 
 
-@pytest.mark.parametrize(
-    "more", [["--eps", "0.1", "0.2"], ["--max_steps", "7"], ["--device", "cpu"], ["--save_memory"]]
-)
+@pytest.mark.parametrize("more", ["--eps 0.1 0.2", "--max_steps 7", "--device cpu", "--save_memory"])
 def test_what_can_be_added_later_or_does_not_affect_the_result_is_not_in_the_name(more):
-    assert parse(["--mode", "critical", *more]).name == parse(["--mode", "critical"]).name
+    assert parse(["--mode", "critical", *more.split()]).name == parse(["--mode", "critical"]).name
 
 
 def test_lists_are_in_the_name():
-    args = parse(
-        ["--mode", "sampling", "--optimizer", "sgd", "--steps", "100", "0", "5", "--measure", "shape", "--draws", "9"]
-    )
+    args = parse(["--mode=sampling", "--optimizer=sgd", "--steps", "100", "0", "5", "--measure=shape", "--draws=9"])
     assert args.name == "sampling-CIFAR100-ResNet18-sgd-b8-lr0.1-steps0+5+100-measurenoise+shape-draws9-seed0"
     assert (parse(["--mode", "sampling", "--measure", "shape"]).draws, args.steps) == (64, [0, 5, 100])
     assert parse(["--mode", "sampling", "--draws", "9"]).measure == ["noise"]
@@ -250,15 +198,15 @@ PROGRAMS = ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x", "scrip
 
 
 @pytest.mark.parametrize("words", [*PROGRAMS, "-m scripts.sweep x", "-m scripts.verdicts x", "-m main --lr=0"])
-def test_programs_start_however_python_is_called(words):
+def test_programs_start_however_python_is_called_and_refuse_without_torch(words, tmp_path):
     """PYTHONSAFEPATH leaves a script's directory out of Python's path, and -m puts another in."""
-    env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1"}
+    (tmp_path / "torch.py").write_text("print('loaded')")
+    env = os.environ | {"PYTHONSAFEPATH": "" if words.startswith("-m") else "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert done.stdout == ""
 
 
 def test_help_names_every_flag(tmp_path):
     done = run_main("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for flag in ["mode", "dataset", "model", "optimizer", "lr", "batchsize", "beta1", "eps", "seed", "resume"]:
-        assert f"--{flag}" in done.stdout
+    assert done.returncode == 0 and all(f"--{flag} " in done.stdout for flag in ("mode", "beta1", "eps", "resume"))

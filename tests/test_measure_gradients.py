@@ -51,14 +51,6 @@ def test_full_gradient_weighs_every_image_the_same(n, chunk):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
 
 
-def test_a_short_pass_and_a_loss_of_each_image_are_refused():
-    (x, y), model = images(6), plain_net(0)
-    with pytest.raises(ValueError, match="hold 6 images, not 7"):
-        Objective(model).full_gradient([(x, y)], 7)
-    with pytest.raises(ValueError, match=r"one number; got shape \(6, 10\)"):
-        Objective(model, lambda output, y: output).gradient((x, y))
-
-
 def test_what_a_loss_does_not_need_has_gradient_zero():
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "other": nn.Linear(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
@@ -71,15 +63,6 @@ def test_what_a_loss_does_not_need_has_gradient_zero():
         torch.testing.assert_close(a, b)
     weight = model["used"].weight
     assert torch.equal(Objective(model, params=[weight]).gradient(batch)[0], gradient[0])
-
-
-def test_between_is_told_what_each_pass_costs():
-    (x, y), costs = images(50), []
-    objective = Objective(plain_net(0), between=costs.append)
-    objective.full_gradient(chunks(x, y, 20), 50)
-    objective.gradient((x[:8], y[:8]))
-    objective.value(chunks(x, y, 30))
-    assert costs == [20, 20, 10, 8, 0.4 * 30, 0.4 * 20]
 
 
 def test_the_loss_is_averaged_over_images_in_float64():
@@ -111,9 +94,13 @@ def test_gradient_norm_is_exact_to_1e_7():
 
 
 def test_what_cannot_be_right_is_refused():
-    model = nn.Linear(3, 2).bfloat16()
+    (x, y), net = images(6), plain_net(0)
+    with pytest.raises(ValueError, match="hold 6 images, not 7"):
+        Objective(net).full_gradient([(x, y)], 7)
+    with pytest.raises(ValueError, match=r"one number; got shape \(6, 10\)"):
+        Objective(net, lambda output, y: output).gradient((x, y))
     with pytest.raises(ValueError, match=r"float32 or float64.*got torch\.bfloat16"):
-        Objective(model)
+        Objective(nn.Linear(3, 2).bfloat16())
     with pytest.raises(ValueError, match="plain mean over the batch, got Cross"):
         Objective(nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="sum"))
     with pytest.raises(ValueError, match="dense: make the embedding with sparse=False"):
@@ -137,12 +124,9 @@ def test_gradients_can_be_had_where_they_are_switched_off(off):
 
 def test_a_compiled_model_is_measured_by_the_module_it_is_made_of():
     (x, y), model = images(6), plain_net(0)
-    compiled, v = (
-        Objective(torch.compile(model, backend="aot_eager")),
-        [torch.ones_like(p) for p in model.parameters()],
-    )
-    assert equal(compiled.gradient((x, y)), Objective(model).gradient((x, y)))
-    assert equal(hessian_product(compiled, [(x, y)], v), hessian_product(Objective(model), [(x, y)], v))
+    plain, compiled = Objective(model), Objective(torch.compile(model, backend="aot_eager"))
+    assert equal(compiled.gradient((x, y)), plain.gradient((x, y)))
+    assert equal(*(hessian_product(f, [(x, y)], list(model.parameters())) for f in (compiled, plain)))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -22,18 +22,18 @@ def numbers(rows, **where):
     return {key: float(value) for key, value in row.items() if value and key not in ("batchnorm", "layer")}
 
 
-ALL = (
-    "--measure",
-    *MEASURES,
-    "--draws",
-    4,
-    "--draw_batchsizes",
-    16,
-    "--probe_images",
-    20,
-    "--full_grad_batchsize",
-    4000,
-)
+def flat_gradient(model, x, y):
+    gradient = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    return torch.cat([g.flatten() for g in gradient]).double()
+
+
+def full_gradient(model, data, step):
+    """Of all images at once."""
+    return flat_gradient(model, *map(torch.cat, zip(*data.full_pass(step, 1000), strict=True)))
+
+
+ALL = ["--measure", *MEASURES, "--draws", 4, "--draw_batchsizes", 16]
+ALL += ["--probe_images", 20, "--full_grad_batchsize", 4000]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,7 @@ def test_omega_is_that_of_the_textbook_loop(train, mnist1d_dir, optimizer, steps
     omega, row = np.load(directory / "omega.npy", allow_pickle=False), numbers(rows(directory, "measurements"))
     args = parsed(mnist1d_dir, *argv)
     _, model, data = textbook(args, steps)
-    x, y = list(data.epoch(0, 128))[steps]
-    params = list(model.parameters())
-    g = torch.cat([p.flatten() for p in torch.autograd.grad(F.cross_entropy(model(x), y), params)]).double()
-    xs, ys = (torch.cat(parts) for parts in zip(*data.full_pass(steps, 1000), strict=True))
-    full = torch.cat([p.flatten() for p in torch.autograd.grad(F.cross_entropy(model(xs), ys), params)]).double()
+    g, full = flat_gradient(model, *list(data.epoch(0, 128))[steps]), full_gradient(model, data, steps)
     assert status == 0 and omega.dtype == np.float32 and omega.shape == g.shape
     if optimizer == "sgd" or steps == 0:
         w = {"sgd": 1, "shb": 1, "nshb": 0.1, "qhm": 0.55}[optimizer]  # m = 0 at step 0
@@ -122,45 +118,24 @@ def test_omega_is_that_of_the_textbook_loop(train, mnist1d_dir, optimizer, steps
     assert row["gradient_noise_norm"] == pytest.approx((g - full).norm().item(), rel=1e-5)
     assert row["delta"] == pytest.approx(args.lr * row["noise_norm"]) and row["draws"] == 1 and "delta_se" not in row
     results = summary(directory)["results"]
-    assert all(
-        results[key] == pytest.approx(value) for key, value in row.items() if key in QUANTITIES and key in results
-    )
+    kept = QUANTITIES.keys() & results.keys() & row.keys()
+    assert len(kept) > 5 and all(results[key] == pytest.approx(row[key]) for key in kept)
 
 
 @pytest.mark.parametrize(("optimizer", "w"), [("shb", 1.0), ("nshb", 0.1)])
 def test_delta_and_variance_are_those_of_the_draws(train, mnist1d_dir, optimizer, w):
-    argv = (
-        "--mode",
-        "sampling",
-        "--optimizer",
-        optimizer,
-        "--batchsize",
-        128,
-        "--steps",
-        20,
-        "--draws",
-        6,
-        "--draw_batchsizes",
-        32,
-    )
+    argv = ("--mode", "sampling", "--optimizer", optimizer, "--batchsize", 128)
+    argv += ("--steps", 20, "--draws", 6, "--draw_batchsizes", 32)
     _, directory = train(*argv)
     table = rows(directory, "measurements")
     args = parsed(mnist1d_dir, *argv)
     _, model, data = textbook(args, 20)
-    params = list(model.parameters())
-
-    def flat_gradient(x, y):
-        return torch.cat([p.flatten() for p in torch.autograd.grad(F.cross_entropy(model(x), y), params)]).double()
-
-    xs, ys = (torch.cat(parts) for parts in zip(*data.full_pass(20, 1000), strict=True))
-    full, memory = (
-        flat_gradient(xs, ys),
-        torch.load(directory / "checkpoint.pt", weights_only=True)["optimizer"]["state"],
-    )
-    memory = 0.9 * torch.cat([memory[i]["momentum_buffer"].flatten() for i in range(len(params))]).double()
+    full = full_gradient(model, data, 20)
+    state = torch.load(directory / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    memory = 0.9 * torch.cat([state[i]["momentum_buffer"].flatten() for i in range(len(state))]).double()
     for b in (128, 32):
         row = numbers(table, batch_size=b)
-        draws = torch.stack([flat_gradient(*batch) for batch in data.draws(20, b, 6)])
+        draws = torch.stack([flat_gradient(model, *batch) for batch in data.draws(20, b, 6)])
         norms = (w * draws + memory - full).norm(dim=1)
         variance = draws.var(dim=0, unbiased=True).sum().item()
         assert row["draws"] == 6 and row["delta"] == pytest.approx(args.lr * norms.mean().item(), rel=1e-5)
@@ -242,12 +217,7 @@ def test_the_exact_memory_is_split_in_every_mode(train, mnist1d_dir, optimizer):
     shadow, buffer = 0.0, 0.0
     for t in range(17):
         _, model, data = textbook(args, t)
-        params = list(model.parameters())
-        xs, ys = (torch.cat(parts) for parts in zip(*data.full_pass(t, 1000), strict=True))
-        full, g = (
-            torch.cat([p.flatten() for p in torch.autograd.grad(F.cross_entropy(model(x), y), params)]).double()
-            for x, y in ((xs, ys), (list(data.epoch(0, 500)) + list(data.epoch(1, 500)) + list(data.epoch(2, 500)))[t])
-        )
+        full, g = full_gradient(model, data, t), flat_gradient(model, *list(data.epoch(t // 8, 500))[t % 8])
         row = [row for row in table if row["steps"] == str(t)]
         if row and t:
             noise, drift = 0.9 * (buffer - shadow), 0.9 * shadow - (1 - w) * full
@@ -268,10 +238,9 @@ def test_every_number_is_declared_and_in_its_column(train, optimizer):
     for mode in ("train", "eval"):
         own, other = (numbers(table, batch_size=b, batchnorm=mode) for b in (250, 16))
         missing = {column for column in MEASUREMENTS if column not in own} - {"batchnorm", "layer"}
-        expected = {
-            q for q in missing if q.startswith(("augmentation", "c_squared_aug", "delta_as")) or q == "memory_kurtosis"
-        }
-        expected |= {q for q in missing if q.startswith("memory_")} if mode == "eval" or optimizer == "sgd" else set()
+        without = ("augmentation", "c_squared_aug", "delta_as", "memory_kurtosis")
+        without += ("memory_",) if mode == "eval" or optimizer == "sgd" else ()
+        expected = {q for q in missing if q.startswith(without)}
         assert missing <= expected | {"non_normal_share", "components_rejected", "hill", "hill_normal"}
         assert "variance" in other and "lambda_max" not in other
     layers = [row["layer"] for row in table if row["batchnorm"] == "train" and row["batch_size"] == "250"]
@@ -281,10 +250,8 @@ def test_every_number_is_declared_and_in_its_column(train, optimizer):
 def test_a_number_that_is_not_finite_ends_the_run(train, monkeypatch):
     from training import measuring
 
-    measured = measuring.batch_noise
-    monkeypatch.setattr(
-        measuring, "batch_noise", lambda *a, **o: (measured(*a, **o)[0] | {"noise_norm": float("inf")}, None)
-    )
+    measured, infinite = measuring.batch_noise, {"noise_norm": float("inf")}
+    monkeypatch.setattr(measuring, "batch_noise", lambda *a, **o: (measured(*a, **o)[0] | infinite, None))
     status, directory = train("--mode", "sampling", "--steps", 5, 9, "--batchsize", 250)
     assert (status, summary(directory)["status"], summary(directory)["steps"]) == (3, "diverged", 5)
     assert not (directory / "measurements.csv").exists()

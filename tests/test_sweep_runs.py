@@ -4,7 +4,6 @@ The stand-in does what a test says instead of training, and writes down when it 
 it. It takes main.cli's place where runs are forked, and the interpreter's where they are processes, as on GPUs.
 """
 
-import csv
 import fcntl
 import json
 import os
@@ -18,9 +17,8 @@ import termios
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from child import outcome
 from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -319,16 +317,8 @@ def test_runs_outlive_a_killed_sweep_and_the_next_one_says_so(sweeps):
 
 def contents(directory: Path) -> dict:
     """What a run has recorded, but for times, versions and places."""
-    found = {}
-    for file in directory.iterdir():
-        if file.suffix == ".csv":
-            found[file.name] = [row | {"seconds": ""} for row in csv.DictReader(file.read_text().splitlines())]
-        elif file.suffix in (".f32", ".npy"):
-            found[file.name] = file.read_bytes()
-    content = torch.load(directory / "checkpoint.pt", weights_only=True)
-    found["model"] = {key: value.numpy().tobytes() for key, value in content["model"].items()}
-    summary = json.loads((directory / "summary.json").read_text())
-    return found | {key: summary[key] for key in ("status", "steps", "results")}
+    found = outcome(directory)
+    return found | {"summary": {key: found["summary"][key] for key in ("status", "steps", "results")}}
 
 
 def spoken(log: Path) -> list[str]:
@@ -338,14 +328,9 @@ def spoken(log: Path) -> list[str]:
 
 
 @pytest.fixture
-def real(tmp_path):
-    """Forked runs of the real main.py on random signals in the place of MNIST-1D's, which take 8 s to generate."""
-    rng = np.random.default_rng(0)
-    arrays = {"x_train": rng.normal(size=(4_000, 40)), "x_test": rng.normal(size=(10_000, 40))}
-    arrays = {key: value.astype(np.float32) for key, value in arrays.items()}
-    arrays |= {"y_train": rng.integers(0, 10, 4_000), "y_test": rng.integers(0, 10, 10_000)}
-    (tmp_path / "data").mkdir()
-    np.savez(tmp_path / "data" / "mnist1d.npz", **arrays)
+def real(tmp_path, mnist1d_dir):
+    """Forked runs of the real main.py."""
+    (tmp_path / "data").symlink_to(mnist1d_dir)
     (tmp_path / "driver.py").write_text(REAL)
     return Sweeps(tmp_path, [sys.executable, tmp_path / "driver.py"])
 
