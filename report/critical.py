@@ -34,7 +34,7 @@ def crossings(runs, min_epochs=None):
         every_eps = sorted({eps for args in asked for eps in args["eps"]}, reverse=True)
         rules = sorted({args["min_epochs"] for args in asked})
         means, point = running_means(records.gradient_norms(run)), tuple(run[key] for key in POINT)
-        at = full[(full[POINT] == point).all(axis=1)].set_index("steps")["full_gradient_norm"].to_dict()
+        at = full[(full[POINT] == list(point)).all(axis=1)].set_index("steps")["full_gradient_norm"].to_dict()
         for rule in rules if min_epochs is None else [min_epochs]:
             check = first_check(rule, steps_per_epoch(Namespace(**run["args"])))
             for eps in every_eps:

@@ -82,6 +82,16 @@ def mnist1d_dir():
     return directory
 
 
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory):
+    """The records of `recorded.study`."""
+    from recorded import study
+
+    folder = tmp_path_factory.mktemp("study")
+    study(folder)
+    return folder
+
+
 @pytest.fixture
 def train(tmp_path, mnist1d_dir):
     """A whole run in this process, on the CPU: its exit status and directory."""

@@ -58,6 +58,16 @@ def read(path):
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
+def one(table, **wanted):
+    """The one row of a table with these values, as a dict."""
+    for key, value in wanted.items():
+        table = table[table[key] == value]
+    assert len(table) == 1, table
+    return table.iloc[0].to_dict()
+
+
+# 97.5 % of Student's t, from a printed table
+T = {1: 12.706204736, 2: 4.302652730, 7: 2.364624252, 15: 2.131449546, 31: 2.039513446, 63: 1.998340543}
 OPTIMIZERS, SIZES, SEEDS = ("sgd", "shb", "nshb"), (50, 100, 200, 400), (0, 1, 2)
 
 

@@ -4,7 +4,6 @@ import torch
 from scipy import stats
 
 from measure import shape as module
-from measure.quantities import columns
 from measure.shape import inverse_hill, normality, shape
 
 M = 64
@@ -59,12 +58,6 @@ def test_a_length_common_to_all_coordinates_does_not_pass_for_isotropy():
     lengths = np.exp(rng.standard_normal((60, M, 1)))
     found = [whole(length * rng.standard_normal((M, 500)))["isotropy"] for length in lengths]
     assert within(found, 1)
-
-
-def test_pair_differences_are_right_in_high_dimension():
-    found = whole(np.random.default_rng(0).standard_normal((M, 20_000)))
-    assert found["isotropy"] == pytest.approx(1, abs=4 * 0.06) and found["entries"] == 20_000
-    assert found["effective_rank"] == pytest.approx(20_000, rel=0.2)
 
 
 def test_a_normal_is_rejected_at_the_stated_level_and_others_more_often():
@@ -186,15 +179,8 @@ def test_what_does_not_move_has_no_shape_and_makes_no_noise():
     with np.errstate(all="raise"):
         found = whole(np.full((M, 5), 0.1, np.float32))
     assert found["moving"] == 0 and found["noise_trace"] == 0
-    for key in (
-        "coordinate_kurtosis",
-        "non_normal_share",
-        "isotropy",
-        "hill",
-        "scales_kurtosis",
-        "components_kurtosis",
-    ):
-        assert np.isnan(found[key]), key
+    unknown = {key for key, value in found.items() if np.isnan(value)}
+    assert unknown >= {"coordinate_kurtosis", "non_normal_share", "isotropy", "hill", "scales_kurtosis"}
     kurtosis, p = normality(np.c_[np.ones(30), np.arange(30.0)])
     assert np.isnan(kurtosis[0]) and np.isnan(p[0]) and np.isfinite(kurtosis[1] + p[1])
     diverged = np.ones((M, 5))
@@ -221,8 +207,3 @@ def test_measuring_the_shape_touches_neither_the_draws_nor_the_random_state():
     assert shape(draws, torch.ones(30)) == shape(draws, torch.ones(30))
     assert all(map(torch.equal, draws, copies)) and np.array_equal(state, np.random.get_state()[1])
     assert torch.equal(torch_state, torch.get_rng_state())
-
-
-def test_what_is_returned_is_what_is_declared():
-    found = shape([torch.randn(5) for _ in range(4)], torch.zeros(5), {"memory": torch.ones(5)}, {"layer": 5})
-    assert list(found["all"]) == list(found["layer"]) == columns("shape")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from recorded import record
+from recorded import one, record
 from scipy import stats
 
 import figures
@@ -39,13 +39,6 @@ def write(runs, optimizer, b, seed, accuracy, *, loss=0.005, fit=10, lr=0.1, mor
     measured += [{key: 1e6 for key in numbers} | {"steps": int(at * epoch)} for at in (0.5, 11.5)]
     flags = f"--optimizer={optimizer} --batchsize={b} --seed={seed} --lr={lr} --measure_every=1 --draws=8 {more}"
     return record(runs, flags, 12 * epoch, metrics=metrics, measured=measured)
-
-
-def one(table, **wanted):
-    for key, value in wanted.items():
-        table = table[table[key] == value]
-    assert len(table) == 1, table
-    return table.iloc[0]
 
 
 def test_every_number_is_of_the_window_up_to_the_fit(tmp_path):
