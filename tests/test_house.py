@@ -1,6 +1,7 @@
 """The house rules: sizes, layers, and imports that go one way (design.md)."""
 
 import ast
+import shutil
 import subprocess
 import sys
 
@@ -55,24 +56,21 @@ def test_no_file_and_no_function_is_long_and_imports_go_one_way(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
     allowed = MAY[part(path)] | {part(path)}
     for name in imported(path):
-        assert any(name == each or name.startswith(f"{each}.") or each.startswith(f"{name}.") for each in allowed), (
-            name
-        )
+        assert any(f"{name}.".startswith(f"{each}.") or each.startswith(f"{name}.") for each in allowed), name
 
 
 def test_the_layers_within_report():
     for level, module in enumerate(WITHIN_REPORT):
-        found = {
-            name.split(".")[1] for name in imported(ROOT / "report" / f"{module}.py") if name.startswith("report.")
-        }
-        assert not found & set(WITHIN_REPORT[level:]), module
+        found = {name.partition(".")[2] for name in imported(ROOT / "report" / f"{module}.py")}
+        assert not {name.split(".")[0] for name in found} & set(WITHIN_REPORT[level:]), module
 
 
 def test_sizes():
     lines = {path: path.read_text().count("\n") for path in FILES}
     assert sum(path.parent == ROOT for path in FILES) <= 7
-    assert sum(n for path, n in lines.items() if path in PRODUCT) <= 6550
-    assert sum(n for path, n in lines.items() if path not in PRODUCT) <= 7500
+    assert sum(n for path, n in lines.items() if path in PRODUCT) <= 6050
+    tests = [n for path, n in lines.items() if path not in PRODUCT]
+    assert sum(tests) <= 7000 and max(tests) <= 400
     assert (ROOT / "README.md").read_text().count("\n") <= 100
 
 
@@ -86,8 +84,6 @@ def test_what_loads_no_torch():
 
 def test_the_instrument_can_be_copied(tmp_path):
     """measure/ alone, in another place, measures a network of another's."""
-    import shutil
-
     shutil.copytree(ROOT / "measure", tmp_path / "measure")
     program = """
 import torch

@@ -83,9 +83,7 @@ def test_the_verdicts_where_the_step_and_the_shape_decide(tmp_path):
     found = simulated(tmp_path, accuracy, 0)
     assert found["significant"].tolist() == [True] * 5 + [False] and (found["n"] == 5).all()
     effects = found["effect"].tolist()
-    assert (
-        abs(effects[0]) < 0.2 and effects[1] > 2 and effects[2] == pytest.approx(8, abs=0.3) and abs(effects[3]) < 0.2
-    )
+    assert max(abs(effects[0]), abs(effects[3])) < 0.2 and effects[1] > 2 and abs(effects[2] - 8) < 0.3
     assert abs(effects[4]) < 0.3 and 1.7 < effects[5] < 2.3
 
 
@@ -97,18 +95,14 @@ def test_the_verdicts_where_delta_decides_and_the_formula_holds(tmp_path):
 
 def test_holm_s_rule():
     assert verdicts.holm(np.array([0.01, 0.04, 0.03, 0.005])).tolist() == [True, False, False, True]
-    assert verdicts.holm(np.array([0.05])).tolist() == [True] and verdicts.holm(np.array([0.02, 0.06])).tolist() == [
-        True,
-        False,
-    ]
+    assert verdicts.holm(np.array([0.02, 0.06])).tolist() == [True, False]
     with pytest.raises(ValueError, match="no run of"):
         verdicts.cell(records.runs("nowhere"), {"label": "SGD"})
 
 
-@pytest.mark.parametrize("folder", ["confirm"])  # of mnist1d it takes twice as long
-def test_the_tables_in_results_are_those_of_their_records(tmp_path, folder):
-    """Byte by byte; the records lie in one archive."""
-    kept = ROOT / "results" / folder
+def test_the_tables_in_results_are_those_of_their_records(tmp_path):
+    """Byte by byte; the records lie in one archive. Of confirm: mnist1d takes twice as long."""
+    kept = ROOT / "results" / "confirm"
     with tarfile.open(kept / "runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     assert verdicts.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
