@@ -97,25 +97,32 @@ def matched(runs):
     accuracy less the second's, in points, paired by seed. at_equal_updates: up to where the shorter run fits.
     """
     rows, evaluations, found = trajectories(runs), evaluated(runs), []
-    fit = [each.set_index("seed") for _, each in rows.groupby(KEY, dropna=False) if each["fit"].notna().all()]
+    fit = [each for _, each in rows.groupby(KEY, dropna=False) if each["fit"].notna().all()]
     fit = [each for each in fit if "inject" not in each["label"].iloc[0]]
     for equal, other in (("delta", "lr_over_b"), ("lr_over_b", "delta")):
-        for pair in permutations(fit, 2):
-            about = {key: pair[0][key].mean() / pair[1][key].mean() for key in (equal, other)}
-            if abs(np.log(about[equal])) > np.log(1.05) or about[other] < 1.5:
-                continue
-            end, sides = np.minimum(*(each["updates"] for each in pair)), []
-            for each in pair:
-                ends = each.assign(end=end).reset_index().set_index(POINT)["end"]
-                sides.append(last_tenth(evaluations, ends).reset_index())
-            names = [f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in pair]
-            row = {"equal": equal, "ratio": about[other], "first": names[0], "second": names[1]}
-            for name, two in (("difference", (each.reset_index() for each in pair)), ("at_equal_updates", sides)):
-                one = paired(*two, "accuracy")
-                row |= {name: one["difference"], f"{name}_low": one["low"], f"{name}_high": one["high"]}
-                row.setdefault("seeds", one["seeds"])
-            found.append(row)
+        for one, two in permutations(fit, 2):
+            about = {key: one[key].mean() / two[key].mean() for key in (equal, other)}
+            if abs(np.log(about[equal])) <= np.log(1.05) and about[other] >= 1.5:
+                found.append({"equal": equal, "ratio": about[other]} | compared(evaluations, one, two))
     return pd.DataFrame(found)
+
+
+def compared(evaluations, one, two):
+    """Return how two settings of `trajectories` differ, as `matched` has it. evaluations: of `evaluated`."""
+    row = dict(
+        zip(
+            ("first", "second"),
+            (f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in (one, two)),
+            strict=True,
+        )
+    )
+    end = np.minimum(*(each.set_index("seed")["updates"] for each in (one, two)))
+    sides = [last_tenth(evaluations, each.set_index(POINT).join(end.rename("end"))["end"]) for each in (one, two)]
+    for name, pair in (("difference", (one, two)), ("at_equal_updates", [side.reset_index() for side in sides])):
+        found = paired(*pair, "accuracy")
+        row |= {name: found["difference"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        row.setdefault("seeds", found["seeds"])
+    return row
 
 
 def left_out(x, y, groups):

@@ -2,7 +2,7 @@
 
 Writes one row a test to OUT/verdicts.csv: effect, 95 % interval, n, p, and whether it is significant by Holm's rule;
 of the MLP one row a setting (settings.csv), how well each predictor does (predictors.csv, and its figure), settings of
-equal δ or equal η_eff/b (matched.csv), and accuracy after equal updates (equal_updates.csv).
+equal δ or equal η_eff/b (matched.csv, equal_delta.csv), and accuracy after equal updates (equal_updates.csv).
 """
 
 import sys
@@ -104,6 +104,15 @@ def verdicts(mlp, softmax):
     return table.assign(significant=holm(table["p"].to_numpy()))
 
 
+def equal_delta(mlp):
+    """Return one row a pair of EQUAL_DELTA: how many times the second's δ the first has, and how they differ."""
+    rows, evaluations, found = predictors.trajectories(mlp), predictors.evaluated(mlp), []
+    for one, two in ((cell(rows, first), cell(rows, second)) for first, second in EQUAL_DELTA):
+        row = {"delta_ratio": one["delta"].mean() / two["delta"].mean()}
+        found.append(row | predictors.compared(evaluations, one, two))
+    return pd.DataFrame(found)
+
+
 def equal_updates(mlp):
     """Return accuracy and training loss after 6,000 updates of SGD at b = 256, with injected noise, and at b = 16."""
     rows = records.curves(mlp[(mlp["optimizer"] == "sgd") & (mlp["lr"] == 0.1)]).query("b == 16 or b == 256")
@@ -128,7 +137,11 @@ def main(argv):
     mlp = runs[runs["model"] == "MLP"]
     points = predictors.settings(mlp)
     tables = {"verdicts": table, "settings": points, "predictors": predictors.table(points)}
-    tables |= {"matched": predictors.matched(mlp), "equal_updates": equal_updates(mlp)}
+    tables |= {
+        "matched": predictors.matched(mlp),
+        "equal_delta": equal_delta(mlp),
+        "equal_updates": equal_updates(mlp),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         with replacing(args.out / f"{name}.csv") as file:
