@@ -109,13 +109,8 @@ def matched(runs):
 
 def compared(evaluations, one, two):
     """Return how two settings of `trajectories` differ, as `matched` has it. evaluations: of `evaluated`."""
-    row = dict(
-        zip(
-            ("first", "second"),
-            (f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in (one, two)),
-            strict=True,
-        )
-    )
+    first, second = (f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in (one, two))
+    row = {"first": first, "second": second}
     end = np.minimum(*(each.set_index("seed")["updates"] for each in (one, two)))
     sides = [last_tenth(evaluations, each.set_index(POINT).join(end.rename("end"))["end"]) for each in (one, two)]
     for name, pair in (("difference", (one, two)), ("at_equal_updates", [side.reset_index() for side in sides])):
