@@ -44,8 +44,7 @@ def test_the_quickstart_s_table_is_that_of_its_files(monkeypatch, capsys):
     import quickstart
 
     quickstart.main(Path("results/quickstart"))
-    text = capsys.readouterr().out
-    assert text == (RESULTS / "quickstart.txt").read_text()
+    assert capsys.readouterr().out == (RESULTS / "quickstart.txt").read_text()
 
 
 def test_the_verdicts_are_those_of_the_tables():
@@ -144,7 +143,6 @@ def test_smoothing_and_injected_noise():
     for head, row, digits in zip(heads, rows, (4, 4, 5, 5), strict=True):
         excess, delta, accuracy = (row[f"{name}_mean"] for name in ("excess_real", "delta", "accuracy"))
         assert shown(head) == [f"{excess:.{digits}f}", f"{delta:.3f}", f"{accuracy:.1f}"]
-        assert row["lr_over_b_mean"] == pytest.approx(0.00625)
     assert f"{rows[0]['excess_real_mean'] / rows[2]['excess_real_mean']:.0f}" == "73"
     table = pd.read_csv(RESULTS / "mnist1d" / "grid" / "mnist1d_MLP_lr0.1_beta0.9_smoothing.csv")
     table = table[(table["epoch"] >= 1) & (table["b"] >= 128)].groupby(["label", "b"]).mean(numeric_only=True)
