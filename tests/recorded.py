@@ -6,13 +6,8 @@ import json
 import numpy as np
 
 from arguments import parse, steps_per_epoch
-from measure.quantities import INDEX, MEASURED, columns
-
-METRICS = [
-    *("steps", "epoch", "training_loss", "training_acc", "g-norm", "min_g-norm", "max_g-norm", "ave-norm"),
-    *("accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated", "seconds"),
-]
-MEASUREMENTS = [*INDEX, *columns(*MEASURED), "accuracy", "test_loss", "accuracy_recalibrated"]
+from measure.quantities import columns
+from training.record import MEASUREMENTS, METRICS
 
 
 def record(runs, flags, steps, /, *, metrics=(), measured=(), norms=None, status="finished", results=(), **unknown):
@@ -83,25 +78,18 @@ def study(runs):
                 flags = f"--optimizer={optimizer} --batchsize={b} --seed={seed}"
                 per_epoch, u = 4000 // b, rng.uniform(0.9, 1.1)
                 ends = [per_epoch * (i + 1) for i in range(4)]
-                metrics = [
-                    {
-                        "steps": s,
-                        "training_loss": u / (i + 1),
-                        "g-norm": 2 * u / (i + 1),
-                        "accuracy": 50 * u + i + b / 100,
-                    }
-                    for i, s in enumerate(ends)
-                ]
+                metrics = []
+                for i, s in enumerate(ends):
+                    row = {"steps": s, "training_loss": u / (i + 1), "g-norm": 2 * u / (i + 1)}
+                    metrics.append(row | {"accuracy": 50 * u + i + b / 100})
                 measured = [measurement(optimizer, b, s - per_epoch // 2, u) for s in ends]
                 if b == 100 and seed == 0:
-                    extra = dict.fromkeys(columns("sharpness"), 3.0) | smoothing(optimizer, u)
-                    measured[-1] |= extra
+                    measured[-1] |= dict.fromkeys(columns("sharpness"), 3.0) | smoothing(optimizer, u)
                 measured += [measured[-1] | {"batch_size": size, "c_squared": 90 * u} for size in (25, 800)]
-                more = (
-                    "--epochs=4 --measure_every=1 --measure noise smoothing sharpness shape --draw_batchsizes 25 800"
-                )
+                flags += " --epochs=4 --measure_every=1 --measure noise smoothing sharpness shape"
                 norms = 0.4 + 4 / np.arange(1, ends[-1] + 1) + 30 * u / b
-                record(runs, f"{flags} {more}", ends[-1], metrics=metrics, measured=measured, norms=norms)
+                flags += " --draw_batchsizes 25 800"
+                record(runs, flags, ends[-1], metrics=metrics, measured=measured, norms=norms)
         few = [measurement(optimizer, 100, 20, 5.0)]
         record(runs, f"--mode=sampling --optimizer={optimizer} --batchsize=100 --steps 20 --draws 8", 20, measured=few)
     record(runs, "--mode=critical --optimizer=sgd --batchsize=50 --eps 1.2 1 --min_epochs=0", 9, norms=np.full(9, 5.0))

@@ -108,7 +108,8 @@ def test_a_terminal_that_closes_leaves_a_checkpoint_and_what_is_ignored_stays_so
 ):
     """As under nohup in the background of a script; printing to the terminal that is gone is no trouble."""
     leader, follower = os.openpty()
-    argv = ["--device=cpu", "--dataset=mnist1d", "--model=MLP", f"--data_dir={mnist1d_dir}", "--max_steps=4000"]
+    argv = ["--device=cpu", "--dataset=mnist1d", "--model=MLP", f"--data_dir={mnist1d_dir}"]
+    argv.append(f"--max_steps={4000 if ignored else 25000}")  # what is to be stopped must not end before, under load
     command = shlex.join([sys.executable, str(ROOT / "main.py"), *argv, "--batchsize=32", "--name=r"])
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
     process = subprocess.Popen(["bash", "-c", f"{ignored}exec {command}"], cwd=tmp_path, **streams)
