@@ -18,12 +18,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
     add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")
-    add(
-        "--min_epochs",
-        metavar="N",
-        type=WHOLE,
-        help="passes before the check for ε (default: as critical runs, or 11)",
-    )
+    rule = "passes before the check for ε (default: as critical runs, or 11)"
+    add("--min_epochs", metavar="N", type=WHOLE, help=rule)
     add("--format", **one_of("png", "pdf"), default="png", help="of the figures (default: png)")
     args = parser.parse_args(argv)
     runs = records.runs(args.runs_dir)

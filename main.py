@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 from arguments import EXIT_STATUS, lagging, parse, planned_steps
-from measure.quantities import QUANTITIES, quantity
-from training.record import EVALUATED
+from measure.quantities import EVALUATED, QUANTITIES, quantity
 from training.stopping import StoppingRule, first_check, first_measured
 from utils import Signals, Stopped, UserError, handling, out_of_memory, pick_device, say, set_up, usable_streams
 

@@ -134,6 +134,8 @@ QUANTITIES = {
 # What says where in a run a row of measurements.csv was measured, and how; the rest of its columns are quantities.
 INDEX = ("steps", "epoch", "batchnorm", "batch_size", "layer")
 
+EVALUATED = ("accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated")  # what a test of it gives
+
 
 def columns(*groups: str) -> list[str]:
     """The columns of `groups` in order, each standard error behind its number."""

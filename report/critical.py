@@ -19,22 +19,23 @@ OTHER_FITS = ((2, 1), (2, 2), (2, 3), (3, 2), (3, 3))  # degree, and how many si
 FEWEST_UPDATES = 50  # of fewer, b* says how training begins, not how it goes on
 
 
-def crossings(runs, min_epochs=None):
+def crossings(runs, min_epochs=None, rows=None):
     """Return one row a trajectory with recorded gradient norms, ε and min_epochs: steps until their mean is ≤ ε.
 
     ε and min_epochs are those of the setting's critical runs: the defaults (the paper's) where there are none,
-    `min_epochs` where it is given. steps: no value where ε was not reached; checked: steps looked at.
+    `min_epochs` where it is given. steps: no value where ε was not reached; checked: looked at. rows: `measurements`.
     """
-    critical, rows = runs[runs["mode"] == "critical"], []
+    critical, found = runs[runs["mode"] == "critical"], []
     known = longest(runs[[(folder / records.NORMS).exists() for folder in runs["folder"]]])
-    fit, full = fits(records.curves(known)), own(records.measurements(runs)).dropna(subset="full_gradient_norm")
-    full = full.sort_values(["batchnorm", "steps"]).drop_duplicates([*POINT, "steps"], keep="last")  # eval < train
+    fit, full = fits(records.curves(known)), own(records.measurements(runs) if rows is None else rows)
+    full = full.dropna(subset="full_gradient_norm").sort_values(["batchnorm", "steps"])  # eval < train
+    norms = full.groupby([*POINT, "steps"])["full_gradient_norm"].last()
     for run in known.to_dict("records"):
         asked = critical["args"][critical["setting"] == run["setting"]].tolist() or [defaults()]
         every_eps = sorted({eps for args in asked for eps in args["eps"]}, reverse=True)
         rules = sorted({args["min_epochs"] for args in asked})
         means, point = running_means(records.gradient_norms(run)), tuple(run[key] for key in POINT)
-        at = full[(full[POINT] == list(point)).all(axis=1)].set_index("steps")["full_gradient_norm"].to_dict()
+        at = norms.loc[point].to_dict() if point in norms.index else {}
         for rule in rules if min_epochs is None else [min_epochs]:
             check = first_check(rule, steps_per_epoch(Namespace(**run["args"])))
             for eps in every_eps:
@@ -43,18 +44,18 @@ def crossings(runs, min_epochs=None):
                 row |= {"at_first_check": check > 1 and steps == check, "diverged": run["status"] == "diverged"}
                 row["after_fit"] = steps is not None and steps > fit.get(point, np.inf)
                 row["steps_to_eps_full"], row["last_above_eps_full"] = first_measured(at, eps)
-                rows.append({key: run[key] for key in (*records.CURVE, "b", "seed")} | row)
-    return pd.DataFrame(rows)
+                found.append({key: run[key] for key in (*records.CURVE, "b", "seed")} | row)
+    return pd.DataFrame(found)
 
 
-def steps_to_eps(runs, min_epochs=None):
+def steps_to_eps(runs, min_epochs=None, rows=None):
     """Return one row a curve, min_epochs, ε and b: steps to ε and SFO complexity = steps × b, over seeds.
 
     How many seeds reached ε, missed it (entering with the steps made, a lower bound), diverged before, had it at the
     first check or after the fit. log_sfo: less what a seed adds at every b. ratio: to the published steps.
     steps_to_eps_full, last_above_eps_full: first measured step with ‖∇f‖ ≤ ε, and the one before it.
     """
-    table = crossings(runs, min_epochs)
+    table = crossings(runs, min_epochs, rows)
     if table.empty:
         return table
     reached = table["steps"].notna()

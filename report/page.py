@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from measure.quantities import QUANTITIES
+from measure.quantities import EVALUATED, QUANTITIES
 from report import critical, plots, predictors, published, records, theory
 from report.statistics import MEASUREMENT, POINT, at_common, evaluations, hours, longest, measured, over_seeds, own
 from utils import replacing
@@ -69,7 +69,8 @@ def _slug(title):
 def tables(runs, min_epochs=None):
     """Return {name: DataFrame} for the runs of one section, in the order of the page; empty where nothing is known."""
     sound = runs[runs["status"] != "diverged"]
-    rows, steps = records.measurements(sound), critical.steps_to_eps(runs, min_epochs)
+    rows = records.measurements(runs)
+    steps, rows = critical.steps_to_eps(runs, min_epochs, rows), rows[rows["status"] != "diverged"]
     known = [published.steps().assign(curve="published")] if published.SHB in set(runs["curve"]) else []
     stars = critical.b_star(pd.concat([steps, *known]), rows)
     made = {"runs": runs[[*records.RUN, *(key for key in ("steps", "epochs", "seconds", "draws") if key in runs)]]}
@@ -87,7 +88,7 @@ def _measured(every, name):
     if rows.empty:
         return rows
     quantities = [q.name for q in QUANTITIES.values() if q.group == group and q.name not in ("draws", *more)] or needed
-    table = over_seeds(rows, [*MEASUREMENT, *more], quantities + records.EVALUATED * (name == "omega"))
+    table = over_seeds(rows, [*MEASUREMENT, *more], [*quantities, *(EVALUATED if name == "omega" else ())])
     if name == "sharpness":
         ends = zip(*map(theory.thresholds, table["optimizer"], table["lr"], table["beta1"]), strict=True)
         return table.assign(**dict(zip(("threshold_low", "threshold_high"), ends, strict=True)))
@@ -131,7 +132,7 @@ def accuracy(runs):
     """
     runs = runs[runs["mode"] == "normal"]
     lost, sound = runs[runs["status"] == "diverged"], runs[runs["status"] != "diverged"]
-    rows = evaluations(sound).assign(unfit=False, diverged=False)
+    rows = evaluations(records.curves(sound), records.measurements(sound)).assign(unfit=False, diverged=False)
     limits = {args["until_loss"] for args in sound["args"]}
     if len(limits) == 1 and limits != {None}:
         event = f"the fit (loss < {min(limits):g})"
@@ -146,7 +147,7 @@ def accuracy(runs):
         rows = pd.concat([rows, longest(lost)[records.RUN].assign(diverged=True, unfit=False)])
     key = [*records.CURVE, "b"]
     counts = rows.groupby(key, dropna=False)[["diverged", "unfit"]].sum().reset_index()
-    return over_seeds(rows, key, [*records.EVALUATED, "epoch", "steps"]).merge(counts, on=key).assign(event=event)
+    return over_seeds(rows, key, [*EVALUATED, "epoch", "steps"]).merge(counts, on=key).assign(event=event)
 
 
 def figures(made):
@@ -200,10 +201,12 @@ def write(runs, out, kind="png", min_epochs=None):
         lines += [f"## {title}", "", f"{hours(members):.2g} hours, each trajectory counted once.", ""]
         lines += _parts(made, dict(figures(made)), out, slug, kind)
     for network, members in runs.groupby("network"):
-        points = predictors.settings(members)
+        rows, evaluated = predictors.trajectories(members)
+        points = predictors.settings(rows)
         if points["fits"].any():
             points["name"] = points["curve"].str.removeprefix(f"{network}, ") + ", b " + points["b"].astype(str)
-            made = {"settings": points, "predictors": predictors.table(points), "matched": predictors.matched(members)}
+            made = {"settings": points, "predictors": predictors.table(points)}
+            made["matched"] = predictors.matched(rows, evaluated)
             drawn = {"predictors": plots.predictors(points)} if len(made["predictors"]) else {}
             lines += [f"## What predicts accuracy? {network}", "", *_parts(made, drawn, out, _slug(network), kind)]
     return "\n".join(lines)

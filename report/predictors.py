@@ -8,7 +8,7 @@ from scipy import stats
 
 from report import records, theory
 from report.critical import minimum
-from report.statistics import POINT, fits, longest, measured, over_seeds, own, paired
+from report.statistics import POINT, evaluations, fits, longest, measured, over_seeds, own, paired
 
 KEY = ["network", "curve", "label", "optimizer", "lr", "beta1", "b"]
 PREDICTORS = ("delta", "delta_formula", "temperature", "lr_over_b", "updates", "lambda_max", "excess_real")
@@ -17,12 +17,21 @@ RESAMPLES = 2000
 
 
 def trajectories(runs):
-    """Return one row a trajectory: its fit (updates, if any), accuracy, and what may predict it: docs/measuring.md."""
-    curves, rows = records.curves(runs), own(records.measurements(runs))
+    """Return one row a trajectory: its fit (updates, if any), accuracy, and what may predict it: docs/measuring.md.
+
+    And the rows of all evaluations: steps, accuracy (recalibrated if there is BatchNorm), training_acc.
+    """
+    curves, rows = records.curves(runs), records.measurements(runs)
+    evaluated = evaluations(curves, rows).sort_values([*POINT, "steps"]).set_index(POINT)
+    evaluated = evaluated[["steps", "accuracy", "accuracy_recalibrated", "training_acc"]]
+    recalibrated = evaluated.pop("accuracy_recalibrated")
+    has_batchnorm = recalibrated.groupby(POINT).transform("count") > 0
+    evaluated["accuracy"] = recalibrated.where(has_batchnorm, evaluated["accuracy"])
+    evaluated, rows = evaluated.dropna(subset="accuracy"), own(rows)
     rows = rows[(rows["batchnorm"] == rows["batchnorm"].max()) & (rows["epoch"] >= 1)]  # eval < train
     table = longest(runs).set_index(POINT).join(fits(curves))
     end = table["fit"].fillna(table["steps"]).rename("end")
-    late = last_tenth(evaluated(runs), end)
+    late = last_tenth(evaluated, end)
     rows = rows.join(end, on=POINT).query("steps <= end")
 
     def of(name, how="mean", whole=()):
@@ -38,27 +47,18 @@ def trajectories(runs):
     constants = of("c_squared", "max"), of("full_gradient_norm", "max")
     table = table.assign(**found).reset_index()
     table["delta_formula"] = theory.deltas(table, *constants)
-    return table[[*KEY, "seed", "fit", *found, "delta_formula"]]
-
-
-def evaluated(runs):
-    """Return `accuracy`, recalibrated if there is BatchNorm, and training_acc of every evaluation of a trajectory."""
-    rows = pd.concat([records.curves(runs), records.measurements(runs)]).groupby([*POINT, "steps"])
-    rows = rows[["accuracy", "accuracy_recalibrated", "training_acc"]].first()
-    recalibrated = rows["accuracy_recalibrated"].groupby(POINT).transform("count") > 0
-    accuracy = rows["accuracy_recalibrated"].where(recalibrated, rows["accuracy"])
-    return rows.assign(accuracy=accuracy).dropna(subset="accuracy").reset_index("steps")
+    return table[[*KEY, "seed", "fit", *found, "delta_formula"]], evaluated
 
 
 def last_tenth(rows, end):
-    """Return the means of rows of `evaluated` over the last tenth of the updates up to `end`, by trajectory."""
+    """Return the means of evaluations over the last tenth of the updates up to `end`, by trajectory."""
     rows = rows.join(end)
     return rows[rows["steps"].between(0.9 * rows["end"], rows["end"])].groupby(POINT).mean()
 
 
-def settings(runs):
+def settings(rows):
     """Return one row a setting: `trajectories` over seeds. Only one that `fits` with every seed is in `table`."""
-    rows = trajectories(runs).assign(fitted=lambda rows: rows["fit"].notna())
+    rows = rows.assign(fitted=lambda rows: rows["fit"].notna())
     table = over_seeds(rows, KEY, ["fit", "accuracy", "gap", *PREDICTORS, *PARTS])
     fitted = rows.groupby(KEY, dropna=False)["fitted"].agg(fitted="sum", fits="all").reset_index()
     return table.merge(fitted, on=KEY)
@@ -89,30 +89,30 @@ def table(points):
     return pd.DataFrame(rows)
 
 
-def matched(runs):
+def matched(rows, evaluated):
     """Return one row a pair of settings that fit, without injected noise, and agree in one of δ and η_eff/b (`equal`)
     within 5 % in the mean over seeds, while the other differs by half or more.
 
     first: the setting with more of the other one, `ratio` times the second's. difference, _low, _high: of its
     accuracy less the second's, in points, paired by seed. at_equal_updates: up to where the shorter run fits.
     """
-    rows, evaluations, found = trajectories(runs), evaluated(runs), []
+    found = []
     fit = [each for _, each in rows.groupby(KEY, dropna=False) if each["fit"].notna().all()]
     fit = [each for each in fit if "inject" not in each["label"].iloc[0]]
     for equal, other in (("delta", "lr_over_b"), ("lr_over_b", "delta")):
         for one, two in permutations(fit, 2):
             about = {key: one[key].mean() / two[key].mean() for key in (equal, other)}
             if abs(np.log(about[equal])) <= np.log(1.05) and about[other] >= 1.5:
-                found.append({"equal": equal, "ratio": about[other]} | compared(evaluations, one, two))
+                found.append({"equal": equal, "ratio": about[other]} | compared(evaluated, one, two))
     return pd.DataFrame(found)
 
 
-def compared(evaluations, one, two):
-    """Return how two settings of `trajectories` differ, as `matched` has it. evaluations: of `evaluated`."""
+def compared(evaluated, one, two):
+    """Return how two settings of `trajectories` differ, as `matched` has it."""
     first, second = (f"{each['curve'].iloc[0]}, b {each['b'].iloc[0]}" for each in (one, two))
     row = {"first": first, "second": second}
     end = np.minimum(*(each.set_index("seed")["updates"] for each in (one, two)))
-    sides = [last_tenth(evaluations, each.set_index(POINT).join(end.rename("end"))["end"]) for each in (one, two)]
+    sides = [last_tenth(evaluated, each.set_index(POINT).join(end.rename("end"))["end"]) for each in (one, two)]
     for name, pair in (("difference", (one, two)), ("at_equal_updates", [side.reset_index() for side in sides])):
         found = paired(*pair, "accuracy")
         row |= {name: found["difference"], f"{name}_low": found["low"], f"{name}_high": found["high"]}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from arguments import OPTIMIZERS, defaults, result_arguments
-from measure.quantities import INDEX, MEASURED, columns
+from measure.quantities import EVALUATED, INDEX, MEASURED, columns
 
 # What affects a result, but not the trajectory: how long a run lasts, what is asked of it, and what is measured, as
 # is everything whose name begins with `measure`. Any other argument, also one unknown here, separates runs.
@@ -21,7 +21,6 @@ NORMS = "gradient_norms.f32"
 EXACT = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # of what pandas 3 does anyway
 # What runs of one curve over b have in common, and what tells a run, in the rows of all three frames.
 CURVE = ["setting", "label", "curve", "optimizer", "lr", "beta1"]
-EVALUATED = ["accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated"]
 RUN = [*CURVE, "b", "seed", "run", "mode", "status", "full_grad_batchsize"]
 
 

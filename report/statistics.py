@@ -5,7 +5,6 @@ import pandas as pd
 from scipy import stats
 
 from arguments import OPTIMIZERS
-from report import records
 from report.records import CURVE
 
 POINT = ["curve", "b", "seed"]  # a trajectory
@@ -53,12 +52,12 @@ def own(rows):
     return rows[(rows["layer"] == "all") & (rows["batch_size"] == rows["b"])]
 
 
-def evaluations(runs):
-    """Return the rows of metrics.csv with a test accuracy; recalibrated from measurements.csv where it has none."""
+def evaluations(curves, rows):
+    """Return the `curves` rows with a test accuracy; recalibrated from `measurements` rows where they have none."""
     at = [*POINT, "steps"]
-    rows = records.curves(runs).dropna(subset="accuracy").drop_duplicates(at).set_index(at)
-    more = records.measurements(runs).groupby(at)[["accuracy_recalibrated", "test_loss_recalibrated"]].first()
-    return rows.fillna(more).reset_index()
+    found = curves.dropna(subset="accuracy").drop_duplicates(at).set_index(at)
+    more = rows.groupby(at)[["accuracy_recalibrated", "test_loss_recalibrated"]].first()
+    return found.fillna(more).reset_index()
 
 
 def over_seeds(rows, key, quantities):

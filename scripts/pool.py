@@ -84,7 +84,10 @@ def _become(command: list[str], gpu: str | None, log: int, mask: set) -> None:
 
 def last_words(log: Path) -> str:
     """The error that the last run in `log` ended with, whatever libraries print at exit; else its last line."""
-    lines = log.read_text(errors="replace").split("\n$ ")[-1].splitlines()
+    try:
+        lines = log.read_text(errors="replace").split("\n$ ")[-1].splitlines()
+    except OSError as error:  # it was deleted: no trouble for the other runs
+        return str(error)
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
 

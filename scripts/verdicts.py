@@ -96,20 +96,19 @@ def holm(p, alpha=0.05):
     return found
 
 
-def verdicts(mlp, softmax):
-    """Return one row a test. mlp, softmax: runs of these networks, as `records.runs` has them."""
-    rows = predictors.trajectories(mlp)
+def verdicts(rows, softmax):
+    """Return one row a test. rows: `predictors.trajectories` of the MLP; softmax: runs, as `records.runs` has them."""
     found = [{"test": name, "kind": kind} | accuracy_test(rows, kind, pairs) for name, kind, pairs in ACCURACY]
     table = pd.DataFrame(found + critical_tests(softmax))
     return table.assign(significant=holm(table["p"].to_numpy()))
 
 
-def equal_delta(mlp):
+def equal_delta(rows, evaluated):
     """Return one row a pair of EQUAL_DELTA: how many times the second's δ the first has, and how they differ."""
-    rows, evaluations, found = predictors.trajectories(mlp), predictors.evaluated(mlp), []
+    found = []
     for one, two in ((cell(rows, first), cell(rows, second)) for first, second in EQUAL_DELTA):
         row = {"delta_ratio": one["delta"].mean() / two["delta"].mean()}
-        found.append(row | predictors.compared(evaluations, one, two))
+        found.append(row | predictors.compared(evaluated, one, two))
     return pd.DataFrame(found)
 
 
@@ -130,16 +129,17 @@ def main(argv):
     args = parser.parse_args(argv)
     runs = records.runs(args.runs_dir)
     try:
-        table = verdicts(*(runs[runs["model"] == model] for model in ("MLP", "Softmax")))
+        mlp, softmax = (runs[runs["model"] == model] for model in ("MLP", "Softmax"))
+        trajectories, evaluated = predictors.trajectories(mlp)
+        table = verdicts(trajectories, softmax)
     except (ValueError, KeyError) as error:
         given = f"argument RUNS_DIR: got {str(args.runs_dir)!r}"
         raise UserError(f"{given}, allowed are the study's records ({error})") from error
-    mlp = runs[runs["model"] == "MLP"]
-    points = predictors.settings(mlp)
+    points = predictors.settings(trajectories)
     tables = {"verdicts": table, "settings": points, "predictors": predictors.table(points)}
     tables |= {
-        "matched": predictors.matched(mlp),
-        "equal_delta": equal_delta(mlp),
+        "matched": predictors.matched(trajectories, evaluated),
+        "equal_delta": equal_delta(trajectories, evaluated),
         "equal_updates": equal_updates(mlp),
     }
     args.out.mkdir(parents=True, exist_ok=True)

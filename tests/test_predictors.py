@@ -46,7 +46,7 @@ def test_every_number_is_of_the_window_up_to_the_fit(tmp_path):
         for seed, accuracy in enumerate((60.0, 62.0)):
             write(tmp_path, optimizer, 100, seed, accuracy, injected=1.0 if optimizer == "sgd" else math.nan)
     write(tmp_path, "sgd", 400, 0, 50.0, loss=0.02)  # this one does not fit
-    points = predictors.settings(records.runs(tmp_path))
+    points = predictors.settings(predictors.trajectories(records.runs(tmp_path))[0])
     for optimizer, lr, square in (("sgd", 0.1, 0.6), ("shb", 1.0, 82.9 * 0.6 + 81.9), ("nshb", 0.1, 6.0)):
         row = one(points, optimizer=optimizer, b=100)
         assert row["fits"] and (row["seeds"], row["updates_mean"], row["accuracy_mean"]) == (2, 400, 61)
@@ -62,7 +62,7 @@ def test_with_batchnorm_accuracy_is_the_recalibrated_one(tmp_path):
     folder = write(tmp_path, "sgd", 100, 0, 60.0)
     rows = pd.read_csv(folder / "metrics.csv")
     rows.assign(accuracy_recalibrated=rows["accuracy"] + 5).to_csv(folder / "metrics.csv", index=False)
-    row = one(predictors.settings(records.runs(tmp_path)))
+    row = one(predictors.settings(predictors.trajectories(records.runs(tmp_path))[0]))
     assert (row["accuracy_mean"], row["gap_mean"]) == (65, 34)
 
 
@@ -143,7 +143,7 @@ def test_settings_of_equal_delta_or_equal_rate_are_paired_by_seed(tmp_path):
         write(tmp_path, "nshb", 100, seed, c, delta=0.4)
         write(tmp_path, "sgd", 50, seed, 50.0, delta=0.2, loss=0.02)  # does not fit
         write(tmp_path, "sgd", 400, seed, 50.0, delta=0.2, more="--inject isotropic --inject_batchsize 8")
-    pairs = predictors.matched(records.runs(tmp_path))
+    pairs = predictors.matched(*predictors.trajectories(records.runs(tmp_path)))
     assert len(pairs) == 2
     delta, rate = one(pairs, equal="delta"), one(pairs, equal="lr_over_b")
     assert delta["first"].endswith("SGD, b 100") and delta["second"].endswith("SGD, b 200")

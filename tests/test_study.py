@@ -13,7 +13,7 @@ from recorded import record
 sys.path.insert(0, str(ROOT / "scripts"))
 import verdicts
 
-from report import records
+from report import predictors, records
 
 
 def results(*argv, cwd):
@@ -71,7 +71,8 @@ def simulated(tmp_path, accuracy, b_star_over_eta):
                 flags = f"--mode=critical --optimizer=sgd --lr={lr} --batchsize={b} --seed={seed} --min_epochs=0"
                 record(tmp_path, f"{flags} --model=Softmax --eps 0.4 0.3 0.25", 8000, norms=norms)
     runs = records.runs(tmp_path)
-    found = verdicts.verdicts(*(runs[runs["model"] == model] for model in ("MLP", "Softmax")))
+    rows, _ = predictors.trajectories(runs[runs["model"] == "MLP"])
+    found = verdicts.verdicts(rows, runs[runs["model"] == "Softmax"])
     return found.set_index("test")
 
 
@@ -106,5 +107,5 @@ def test_the_tables_in_results_are_those_of_their_records(tmp_path):
     with tarfile.open(kept / "runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     assert verdicts.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    for name in ("verdicts", "settings", "predictors"):
+    for name in ("verdicts", "settings", "predictors", "matched", "equal_delta", "equal_updates"):
         assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (kept / f"{name}.csv").read_bytes(), name

@@ -45,6 +45,8 @@ class Dashboard:
 
     def replay(self, metrics: list[dict], measured: list[dict], omega: dict[int, np.ndarray]) -> None:
         """Log the rows of metrics.csv and measurements.csv, as text, and ω by its step, of the parts before."""
+        if self._run is None:
+            return
         steps = {int(row["steps"]): (_numbers(row), []) for row in metrics}
         for row in measured:
             steps.setdefault(int(row["steps"]), ({}, []))[1].append(_numbers(row))

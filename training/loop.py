@@ -16,12 +16,13 @@ import models
 import shb
 from arguments import ENDLESS, FULL_GRAD_BATCHSIZE, OPTIMIZERS
 from measure.gradients import Objective, gradient_norm, has_batchnorm, unchanged
+from measure.quantities import EVALUATED
 from models.recomputed import save_memory
 from training.data import Data
 from training.graphed import Graphed
 from training.injection import Injection
 from training.measuring import Measuring
-from training.record import EVALUATED, Record
+from training.record import Record
 from training.stopping import running_sums
 from utils import Signals
 

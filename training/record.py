@@ -18,11 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from arguments import ENDLESS, defaults, lagging, planned_steps, result_arguments
-from measure.quantities import INDEX, MEASURED, columns
+from measure.quantities import EVALUATED, INDEX, MEASURED, columns
 from training.dashboard import Dashboard
 from utils import UserError, environment, out_of_memory, plain, read_json, replacing, warn, write_json
 
-EVALUATED = ("accuracy", "test_loss", "accuracy_recalibrated", "test_loss_recalibrated")
 METRICS = (
     *("steps", "epoch", "training_loss", "training_acc", "g-norm", "min_g-norm", "max_g-norm", "ave-norm"),
     *(*EVALUATED, "seconds"),
