@@ -244,7 +244,9 @@ def test_estimates_are_unbiased_and_their_errors_cover():
 
     The errors of the controls are of their vectors: their truth is that of the Σ that the draws at hand have.
     """
-    model, x, y, hessian = regression(4, d=4, n=60)
+    model, x, y, _ = regression(4, d=4, n=60)
+    x = x * torch.tensor([1.5, 1.0, 1.0, 0.5])  # so that the shape of the noise matters
+    hessian = (x.T @ x / 60).numpy()
     optimizer, b = SGD(model.parameters(), lr=0.1), 12
     residuals = (model(x).squeeze(1) - y).detach()
     single = (residuals[:, None] * x).numpy()  # gradients of single images
