@@ -101,12 +101,17 @@ images() {
     sweep normal --dataset CIFAR20-5k --model ResNet8 --batchsizes "16 32 64 128 256" --until_loss 0.01 --epochs 100 \
         --max_steps 3200 --recalibrate --measure_every 16 --measure smoothing --draws 16 --probe_images 200
 }
+images_memory() { # the exact split of what momentum keeps, once, in the middle of an epoch
+    seeds=0 sweep sampling --dataset CIFAR20-5k --model ResNet8 --optimizers "shb nshb" --batchsizes 128 --steps 3100 \
+        --draws 16 --exact_memory 44
+}
 cifar100() {
     local sample=(sampling --dataset CIFAR100 --model ResNet20)
     sweep "${sample[@]}" --batchsizes 128 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400 1600
     sweep "${sample[@]}" --optimizers sgd --batchsizes 16 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400 1600 4000
     sweep "${sample[@]}" --optimizers sgd --batchsizes 1024 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400
     sweep "${sample[@]}" --batchsizes 128 --measure smoothing sharpness --draws 32 --probe_images 500 --steps 400 1600
+    sweep "${sample[@]}" --batchsizes 128 --measure smoothing --draws 64 --probe_images 500 --steps 400 1600
     sweep "${sample[@]}" --model ResNet18 --optimizers shb --batchsizes 128 --draws 16 --steps 0 100
 }
 
@@ -131,7 +136,7 @@ for group in "${parts[@]:-mnist1d}"; do
     mnist1d) run mnist1d "0 1 2 3 4" arms grid cells softmax after_fit memory shape ;;
     confirm) run confirm "5 6 7 8 9" confirm ;;
     convnet) run convnet "0 1 2" convnet ;;
-    images) run images "0 1 2" images ;;
+    images) run images "0 1 2" images images_memory ;;
     cifar100) run . 0 cifar100 ;;
     *)
         echo "error: argument PART: got '$group', allowed are mnist1d, confirm, convnet, images, cifar100" >&2
