@@ -84,11 +84,11 @@ def _tag(ax, x, y, text, color, shift=3.0):
 
 
 def _dashed(ax, rows, x, name, text, color):
-    """Draw a second number of a curve as a dashed line of its colour that is named at its end."""
+    """Draw a second number of a curve as a dashed line of its colour; what it is stands at the end of the first."""
     known = rows.dropna(subset=name)
     ax.plot(known[x], known[name], "--", color=color, marker=".", lw=1)
-    if len(known):
-        _tag(ax, known[x].iloc[-1], known[name].iloc[-1], text, color)
+    if len(known) and text not in {each.get_text() for each in ax.texts}:
+        _tag(ax, known[x].iloc[-1], known[name].iloc[-1], text, "0.3")
 
 
 def _interval(ax, rows, x, name, **look):

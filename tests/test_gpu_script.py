@@ -9,9 +9,9 @@ from conftest import ROOT
 import arguments
 import bench
 
-PYTHON = """#!/bin/sh
+PYTHON = r"""#!/bin/sh
 [ "$1" != -c ] || exit $NO_GPU
-echo "$@" >> calls
+printf '%s\t' "$@" >> "calls"; echo >> "calls"
 case "$*" in
 "-m pytest"*) eval "$TESTS" ;;
 main.py*) eval "$MAIN" ;;
@@ -31,7 +31,7 @@ def gpu(tmp_path):
         environment |= {"PYTHON": str(tmp_path / "python")}
         command = ["bash", str(ROOT / "scripts" / "gpu.sh"), str(tmp_path / "out")]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-        return done, [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+        return done, [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
 
     return run
 

@@ -199,13 +199,15 @@ def test_the_slurm_array_is_the_grid_and_without_slurm_the_script_is_an_error():
 def test_a_slurm_task_becomes_its_run_so_that_the_signal_reaches_main_py_itself(tmp_path):
     # sbatch signals the batch shell alone: it has to have become main.py.
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase $1 in\n*main.py) echo $$ "$@" ;;\n*) exec {sys.executable} "$@" ;;\nesac\n')
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in\n*main.py) printf "%s\\n" $$ "$@" ;;\n*) exec "{sys.executable}" "$@" ;;\nesac\n'
+    )
     python.chmod(0o755)
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "4", "PYTHON": str(python)}
     process = subprocess.Popen(
         [SLURM, "normal", "--lr=0.5"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    pid, program, *flags = process.communicate(timeout=PATIENCE)[0].split()
+    pid, program, *flags = process.communicate(timeout=PATIENCE)[0].splitlines()
     assert (int(pid), program) == (process.pid, str(ROOT / "main.py"))
     args = arguments.parse(flags)
     assert (args.mode, args.lr, args.optimizer, args.batchsize, args.seed) == ("normal", 0.5, "shb", 8, 1)
