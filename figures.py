@@ -14,7 +14,7 @@ from utils import Parser, UserError, as_command, one_of, path, replacing
 
 def main(argv: list[str]) -> int:
     """Write the page. Returns the exit status. Raises UserError."""
-    parser = Parser(prog="figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="figures.py", description="From recorded runs to tables and figures.", allow_abbrev=False)
     add = parser.add_argument
     add("runs_dir", metavar="RUNS_DIR", type=path, help="run records, at any depth below it")
     add("--out", metavar="DIR", type=path, default=Path("figures"), help="default: figures")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from measure.gradients import Batch, Objective, own_random_state
+from measure.gradients import Batch, Objective, own_random_state, pair
 
 
 def draw(loader: DataLoader, m: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -21,12 +21,12 @@ def draw(loader: DataLoader, m: int, generator: torch.Generator) -> Iterator[Bat
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(f"draws need a DataLoader, which can be passed over again, got {type(loader).__name__}")
-    if loader.persistent_workers or loader.generator is not None:
+    sampler = getattr(loader if loader.batch_sampler is None else loader.batch_sampler, "sampler", None)
+    if loader.persistent_workers or loader.generator is not None or getattr(sampler, "generator", None) is not None:
         raise ValueError(
             "draws need a loader of their own, without persistent_workers and generator: drawing moves both"
         )
-    sampler = loader.batch_sampler if loader.batch_sampler is not None else loader
-    if isinstance(getattr(sampler, "sampler", None), SequentialSampler):
+    if isinstance(sampler, SequentialSampler):
         raise ValueError("draws need a loader that shuffles, got one that gives the same first batch every time")
     for _ in range(m):
         with own_random_state():
@@ -63,7 +63,7 @@ def refuse_copies(draws: Iterable[Batch], n: int = 4) -> Iterator[Batch]:
     Few: at most a quarter of the draws, of n if that is fewer, and of four draws or more.
     """
     count, different = 0, set()
-    for x, y in draws:
+    for x, y in map(pair, draws):
         count += 1
         different.add(tuple(zlib.crc32(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for t in (x, y)))
         yield x, y

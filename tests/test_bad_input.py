@@ -194,7 +194,7 @@ def test_switches_take_what_wandb_s_agents_write(monkeypatch):
     assert parse(["--wandb_mode=online"]).wandb_mode == "online"
 
 
-PROGRAMS = ["main.py --lr=0", "figures.py --out x", "scripts/sweep.py x", "scripts/verdicts.py x"]
+PROGRAMS = ["main.py --lr=0", "-OO figures.py --out x", "scripts/sweep.py x", "scripts/verdicts.py x"]
 
 
 @pytest.mark.parametrize("words", [*PROGRAMS, "-m scripts.sweep x", "-m scripts.verdicts x", "-m main --lr=0"])

@@ -264,6 +264,8 @@ def test_draws_of_a_loader_are_independent_and_those_of_one_pass_are_not():
         (DataLoader(TensorDataset(x, y), batch_size=B), "a loader that shuffles"),
         (DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(range(6), B, False)), "4 draws of 1 batches"),
         (iter(loader), "need a DataLoader"),
+        (DataLoader(x, B, sampler=RandomSampler(x, generator=moving)), "drawing moves both"),
+        (DataLoader([{"x": 0, "y": 0}] * 60, B, shuffle=True), "got dict"),
     ]:
         with pytest.raises(ValueError, match=message):
             noise.budget(objective, optimizer, full, draw(bad, 4, moving), N)
