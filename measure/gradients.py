@@ -96,17 +96,12 @@ class Objective:
             total = [torch.zeros_like(p) for p in self.params]
             for x, y in map(pair, chunks):
                 self.between(len(y))
-                value = 1 / n * self._summed(self.model(x), y)
+                value = len(y) / n * self.loss(self.model(x), y)
                 torch._foreach_add_(total, torch.autograd.grad(value, self.params, materialize_grads=True))
                 seen += len(y)
         if seen != n:
             raise ValueError(f"the chunks hold {seen} images, not {n}")
         return total
-
-    def _summed(self, output: Tensor, y: Tensor) -> Tensor:
-        if self.loss is F.cross_entropy:
-            return F.cross_entropy(output, y, reduction="sum")  # one rounding less than through the mean
-        return len(y) * self.loss(output, y)
 
     def value(self, batches: list[Batch]) -> float:
         """f at the present weights, the mean loss over all images of the batches."""

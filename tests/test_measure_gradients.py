@@ -45,10 +45,17 @@ def test_full_gradient_weighs_every_image_the_same(n, chunk):
         log_p = torch.log_softmax(twin(image.double()), 1)
         for t, g in zip(expected, torch.autograd.grad(-log_p[0, label[0]], list(twin.parameters())), strict=True):
             t += g / n
-    for loss in (F.cross_entropy, lambda output, y: F.cross_entropy(output, y)):  # the second through its mean
-        found = Objective(model, loss).full_gradient(chunks(x, y, chunk), n)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
+    found = Objective(model).full_gradient(chunks(x, y, chunk), n)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
+
+
+def test_of_sequences_f_and_its_gradient_are_means_over_the_tokens():
+    model, x, y = nn.Conv1d(3, 10, 1).double(), torch.randn(12, 3, 5).double(), torch.randint(10, (12, 5))
+    loss, f = F.cross_entropy(model(x), y), Objective(model)
+    assert f.value(chunks(x, y, 5)) == pytest.approx(loss.item())
+    found, expected = f.full_gradient(chunks(x, y, 5), 12), torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(found, list(expected))
 
 
 def test_what_a_loss_does_not_need_has_gradient_zero():
