@@ -13,6 +13,8 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 from arguments import EXIT_STATUS, lagging, parse, planned_steps
@@ -47,7 +49,7 @@ def critical(run: "Training") -> dict:
     args = run.args
     check = first_check(args.min_epochs, run.steps_per_epoch)
     rule = StoppingRule(args.eps, check)
-    reached_before = rule.follow(run.record.norms.norms())
+    reached_before = rule.follow(np.frombuffer(run.record.norms.read(), "<f4"))
     last = run.step if reached_before else planned_steps(args)
     for window in run.windows(last, rule.earliest_end):
         if rule.follow(window.norms, run.total.norm, run.total.steps) and not run.outcome:

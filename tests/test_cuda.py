@@ -55,7 +55,7 @@ def test_graphed_and_eager_trajectories_agree(optimizer):
     """From the start, and from a checkpoint whose momentum the graph must take over."""
     flags = ("--optimizer", optimizer, "--batchsize", 100, "--lr", 0.01, "--deterministic")
     eager, contents = make(*flags), []
-    norms = SimpleNamespace(append_norms=lambda norms: None)
+    norms = SimpleNamespace(append=lambda norms: None)
     bar = SimpleNamespace(update=lambda: None)
     eager.record = SimpleNamespace(save_checkpoint=contents.append, bar=bar, norms=norms, log=lambda *a, **o: None)
     head = trajectory(eager, 110)

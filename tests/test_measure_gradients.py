@@ -46,8 +46,7 @@ def test_full_gradient_weighs_every_image_the_same(n, chunk):
         for t, g in zip(expected, torch.autograd.grad(-log_p[0, label[0]], list(twin.parameters())), strict=True):
             t += g / n
     found = Objective(model).full_gradient(chunks(x, y, chunk), n)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close([g.double() for g in found], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_of_sequences_f_and_its_gradient_are_means_over_the_tokens():
@@ -66,8 +65,7 @@ def test_what_a_loss_does_not_need_has_gradient_zero():
     assert list(objective.gradient_by_parameter(batch)) == list(model["used"].parameters())
     gradient, full = objective.gradient(batch), objective.full_gradient([batch], 5)
     assert len(gradient) == 4 and not gradient[2].any() and not gradient[3].any()
-    for a, b in zip(gradient, full, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(gradient, full)
     weight = model["used"].weight
     assert torch.equal(Objective(model, params=[weight]).gradient(batch)[0], gradient[0])
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import PATIENCE, ROOT
 
@@ -15,7 +14,7 @@ import child
 from child import BASE, MODES, about, files, half_done, outcome, reference, wait_for
 
 import arguments
-from training.record import MEASUREMENTS, METRICS, Norms, Rows, read_summary, run_state
+from training.record import MEASUREMENTS, METRICS, Growing, Rows, read_summary, run_state
 from utils import UserError
 
 
@@ -143,16 +142,16 @@ def test_the_state_of_a_run_is_known_without_torch(tmp_path, monkeypatch):
 def test_rows_and_norms_grow_and_are_cut_back(tmp_path):
     checked = []
     rows = Rows(tmp_path / "rows.csv", lambda: checked.append(True), ("steps", "delta", "layer"))
-    norms = Norms(tmp_path / "norms.f32", lambda: checked.append(True))
-    assert rows.rows() == [] and norms.norms().size == 0
+    norms = Growing(tmp_path / "norms.f32", lambda: checked.append(True))
+    assert rows.rows() == [] and norms.read() == b""
     rows.append_row({"steps": 1, "layer": "all"})
     size = rows.size
     rows.append_row({"layer": "a, b", "delta": 0.1 + 0.2, "steps": 2})
     assert (tmp_path / "rows.csv").read_text() == 'steps,delta,layer\n1,,all\n2,0.30000000000000004,"a, b"\n'
     with pytest.raises(ValueError, match="oops"):
         rows.append_row({"oops": 1})
-    norms.append_norms(np.array([1.5, 2.5]))
-    assert len(checked) == 3 and norms.norms().tolist() == [1.5, 2.5]
+    norms.append(b"12345678")
+    assert len(checked) == 3 and norms.read() == b"12345678"
     again = Rows(tmp_path / "rows.csv", lambda: None, rows.names)
     again.cut(size)
     again.append_row({"steps": 3})

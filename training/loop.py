@@ -175,7 +175,7 @@ class Training:
         """Add a window to the sums and its norms to the history. From here on a checkpoint holds it as done."""
         self.epoch, self.total = self.epoch_with(window), self.total.plus(window)
         if self.record:
-            self.record.norms.append_norms(window.norms)
+            self.record.norms.append(window.norms.astype("<f4").tobytes())
 
     def epoch_with(self, window: np.recarray) -> Sums:
         """Sums over the epoch of the window's last step, up to that step."""

@@ -116,18 +116,6 @@ class Growing:
         self.size = size
 
 
-class Norms(Growing):
-    """gradient_norms.f32: ‖g_t‖ of every step, little-endian float32."""
-
-    def append_norms(self, norms: np.ndarray) -> None:
-        """Add the norms of the next steps."""
-        self.append(norms.astype("<f4").tobytes())
-
-    def norms(self) -> np.ndarray:
-        """All norms so far, float32."""
-        return np.frombuffer(self.read(), "<f4")
-
-
 class Rows(Growing):
     """A CSV file with fixed columns, whose first line names them; an empty cell was not measured."""
 
@@ -155,7 +143,7 @@ class Record:
     def __init__(self, args: Namespace):
         self.args, self.directory = args, args.runs_dir / args.name
         self.metrics = Rows(self.directory / "metrics.csv", self._check_still, METRICS)
-        self.norms = Norms(self.directory / "gradient_norms.f32", self._check_still)
+        self.norms = Growing(self.directory / "gradient_norms.f32", self._check_still)  # ‖g_t‖ as "<f4", every step
         self.measurements = Rows(self.directory / "measurements.csv", self._check_still, MEASUREMENTS)
         self._growing = (self.metrics, self.norms, self.measurements)
         self._lock_path = self.directory / ".lock"
