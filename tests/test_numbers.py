@@ -228,7 +228,7 @@ def test_with_batchnorm():
 
 
 def test_real_images():
-    lags, late = [], {}
+    lags, leads, late = [], [], {}
     with tarfile.open(RESULTS / "images" / "runs.tar.xz") as archive:
         for name in (name for name in archive.getnames() if re.match("runs/images/.*summary.json", name)):
             summary = json.load(archive.extractfile(name))
@@ -249,6 +249,9 @@ def test_real_images():
             one, two = (late[name][label, b].reset_index() for label in ("SHB", "SGD"))
             found.append("{difference:.1f} ({low:.1f} to {high:.1f})".format(**paired(one, two, name)))
         assert shown(head) == found, found
+        leads.append(found[2].split(" ")[0])
+    said = "SHB is {} points ahead of SGD at b = 64 by running statistics, and {} when".format(*leads)
+    assert said in PAGES["README.md"]
     tables = [
         RESULTS / "images" / "images" / f"CIFAR20-5k_ResNet8_lr0.1_beta0.9_{name}.csv"
         for name in ("smoothing", "delta", "omega")
