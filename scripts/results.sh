@@ -105,6 +105,10 @@ images_memory() { # the exact split of what momentum keeps, once, in the middle 
     seeds=0 sweep sampling --dataset CIFAR20-5k --model ResNet8 --optimizers "shb nshb" --batchsizes 128 --steps 3100 \
         --draws 16 --exact_memory 44
 }
+short_batch() { # an epoch ends, after update 1,580, with a batch of 8 images: what does it do to accuracy?
+    seeds="0 1" sweep sampling --dataset CIFAR20-5k --model ResNet8 --optimizers "sgd shb" --batchsizes 64 \
+        --steps 1570 1579 1580 1581 1584 1590 1600
+}
 cifar100() {
     local sample=(sampling --dataset CIFAR100 --model ResNet20)
     sweep "${sample[@]}" --batchsizes 128 --measure shape --draw_batchsizes 8 32 512 --steps 0 50 400 1600
@@ -136,7 +140,7 @@ for group in "${parts[@]:-mnist1d}"; do
     mnist1d) run mnist1d "0 1 2 3 4" arms grid cells softmax after_fit memory shape ;;
     confirm) run confirm "5 6 7 8 9" confirm ;;
     convnet) run convnet "0 1 2" convnet ;;
-    images) run images "0 1 2" images images_memory ;;
+    images) run images "0 1 2" images images_memory short_batch ;;
     cifar100) run . 0 cifar100 ;;
     *)
         echo "error: argument PART: got '$group', allowed are mnist1d, confirm, convnet, images, cifar100" >&2
