@@ -135,8 +135,8 @@ def accuracy(runs):
     rows = evaluations(records.curves(sound), records.measurements(sound)).assign(unfit=False, diverged=False)
     limits = {args["until_loss"] for args in sound["args"]}
     if len(limits) == 1 and limits != {None}:
-        event = f"the fit (loss < {min(limits):g})"
         rows["unfit"] = (rows["training_loss"] >= min(limits)) | (rows["epoch"] % 1 > 0)
+        event = "the end: none fits" if rows["unfit"].all() else f"the fit (loss < {min(limits):g})"
         last = rows.groupby(POINT)["steps"].transform("max") == rows["steps"]
         rows = rows[~rows["unfit"] | last].sort_values(["unfit", "steps"], kind="stable").drop_duplicates(POINT)
     else:

@@ -146,7 +146,7 @@ def accuracy(table, event):
         color, known = look["color"], rows.dropna(subset="accuracy_mean")
         fits, unfit = known[known["unfit"] == 0], known[known["unfit"] > 0]
         _band(ax, fits, "b", "accuracy", **look, label=name)
-        _dashed(ax, fits, "b", "accuracy_recalibrated_mean", "recalibrated", color)
+        _dashed(ax, unfit if fits.empty else fits, "b", "accuracy_recalibrated_mean", "recalibrated", color)
         ax.plot(unfit["b"], unfit["accuracy_mean"], look["marker"], mfc="none", color=color)
         lost = rows["b"][rows["diverged"] > 0]
         ax.plot(lost, 0.03 + 0 * lost, "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False)
