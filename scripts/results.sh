@@ -8,7 +8,7 @@
 # confirm   the cells that the tests are about, again, on five fresh seeds; 14 minutes
 # convnet   ConvNet1d, with BatchNorm, three seeds; 45 minutes of one core
 # images    CIFAR20-5k, ResNet8: three optimizers, five batch sizes, three seeds; some 4 hours of a core a seed
-# cifar100  CIFAR-100, ResNet20, early training: what the noise is made of, and whether it smooths; ResNet18 once; 6.6
+# cifar100  CIFAR-100, ResNet20, early training: what the noise is made of, and whether it smooths; ResNet18 once; 8.4
 #           hours of a core (results/cost.csv)
 #
 # FLAGS go to scripts/sweep.sh for every run, as --dry_run, or for a GPU: cifar100 --model ResNet18 --seeds "0 1 2".
