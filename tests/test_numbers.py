@@ -227,36 +227,48 @@ def test_with_batchnorm():
     assert len(said) == 2 and all(text in PAGES["results/README.md"] for text in said), said
 
 
-def test_real_images():
-    lags, leads, late = [], [], {}
+def runs_of_images(part):
+    """(args, metrics, measurements) of the runs of a part; each with label, b and seed."""
     with tarfile.open(RESULTS / "images" / "runs.tar.xz") as archive:
-        for name in (name for name in archive.getnames() if re.match("runs/images/.*summary.json", name)):
-            summary = json.load(archive.extractfile(name))
-            args, results = summary["args"], summary["results"]
-            lags.append(results["accuracy_recalibrated"] - results["accuracy"])
-            rows = pd.read_csv(archive.extractfile(name.replace("summary.json", "metrics.csv"))).query("steps >= 2880")
-            accuracies = rows[["accuracy", "accuracy_recalibrated"]].mean()
-            late[args["optimizer"].upper(), args["batchsize"], args["seed"]] = accuracies
-            assert summary["status"] == "not_reached" and summary["steps"] == 3200
-    assert len(lags) == 16 and (f"{min(lags):.1f}", f"{max(lags):.1f}") == ("0.2", "7.6")
-    late = pd.DataFrame(late).T.rename_axis(["label", "b", "seed"])
-    means = late.groupby(["label", "b"]).mean().map("{:.1f}".format).agg(", ".join, axis=1)
-    for label in THREE:
-        assert f"| {label} | {' | '.join(means[label])} |" in PAGES["results/README.md"].replace(" – |", ""), means
-    for name, head in (("accuracy", "by running statistics"), ("accuracy_recalibrated", "recalibrated")):
-        found = []
-        for b in (16, 32, 64):
-            one, two = (late[name][label, b].reset_index() for label in ("SHB", "SGD"))
-            found.append("{difference:.1f} ({low:.1f} to {high:.1f})".format(**paired(one, two, name)))
+        for name in sorted(name for name in archive.getnames() if re.match(f"runs/{part}/.*args.json", name)):
+            args = json.load(archive.extractfile(name))["args"]
+            about = {"label": args["optimizer"].upper(), "b": args["batchsize"], "seed": args["seed"]}
+            paths = (name.replace("args.json", f"{kind}.csv") for kind in ("metrics", "measurements"))
+            yield about, *(pd.read_csv(archive.extractfile(path)).assign(**about) for path in paths)
+
+
+def test_real_images():
+    page, names = PAGES["results/README.md"], ["accuracy", "accuracy_recalibrated"]
+    rows = pd.concat([metrics for _, metrics, _ in runs_of_images("images")]).dropna(subset="accuracy")
+    lags = rows.query("steps == 3200")["accuracy_recalibrated"] - rows.query("steps == 3200")["accuracy"]
+    assert len(lags) == 16 and f"16 runs, by {lags.min():.1f} to {lags.max():.1f} points" in page
+    late = rows.query("b == 64 and steps > 2880").assign(middle=lambda rows: rows["steps"] == 3200)
+    late = late.groupby(["label", "middle", "seed"])[names].mean()
+    for head, middle in (("at the last four ends of epochs", False), ("in mid-epoch, t = 3,200", True)):
+        sgd, shb = (late.loc[label, middle].reset_index() for label in ("SGD", "SHB"))
+        found = ["{difference:.1f} ({low:.1f} to {high:.1f})".format(**paired(shb, sgd, name)) for name in names]
         assert shown(head) == found, found
-        leads.append(found[2].split(" ")[0])
-    said = "SHB is {} points ahead of SGD at b = 64 by running statistics, and {} when".format(*leads)
-    assert said in PAGES["README.md"]
-    tables = [
-        RESULTS / "images" / "images" / f"CIFAR20-5k_ResNet8_lr0.1_beta0.9_{name}.csv"
-        for name in ("smoothing", "delta", "omega")
-    ]
-    smooth, delta, omega = (pd.read_csv(path).query("steps == 3105").set_index("label") for path in tables)
+    falls = []
+    for about, _, rows in runs_of_images("short_batch"):
+        rows = rows.set_index("steps")[names]
+        assert shown("{label}, seed {seed}".format(**about)) == [f"{value:.1f}" for value in rows[names[1]]], rows
+        falls.append((rows.loc[1579] - rows.loc[1580]).map("{:.1f}".format))
+    falls = [fall[name] for name in names[::-1] for fall in falls]
+    said = "SGD loses {} and {} points, SHB {} and {} (by running statistics {} and {}, and {} and {})".format(*falls)
+    assert said.replace("-", "−") in page, said
+    assert "SGD {} and {} points of accuracy, SHB {} and {}.".format(*falls) in PAGES["README.md"]
+    memory = ["noise_square", "fresh", "memory_noise", "memory_drift", "memory_cross"]
+    for about, _, rows in runs_of_images("images_memory"):
+        row = rows.iloc[0]
+        assert shown(f"{about['label']}, b = 128, t = 3,100") == [f"{row[name]:.3g}" for name in memory], row[memory]
+        assert about["label"] == "NSHB" or f"is {row['memory_noise'] / row['variance']:.1f} V_b" in page
+    path = str(RESULTS / "images" / "images" / "CIFAR20-5k_ResNet8_lr0.1_beta0.9_{}.csv")
+    tables = (pd.read_csv(path.format(name)).query("epoch > 1") for name in ("smoothing", "delta", "omega"))
+    smooth, delta, omega = (rows.set_index("label") for rows in tables)
+    means = smooth.query("b < 64").set_index(["b", "steps"], append=True)["excess_real_mean"]
+    times = means["SGD"] / means["NSHB"]
+    assert f"{times.min():.0f} to {times.max():.0f} times less" in page
+    smooth, delta, omega = (rows.query("steps == 3105") for rows in (smooth, delta, omega))
     for label, row in smooth.iterrows():
         low, high, isotropic = (row[f"excess_{name}"] for name in ("real_low", "real_high", "isotropic_mean"))
         said = [f"{row['excess_real_mean']:.4f} ({low:.4f} to {high:.4f})", f"{isotropic:.5f}"]
