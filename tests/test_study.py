@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -104,8 +103,7 @@ def test_holm_s_rule():
 def test_the_tables_in_results_are_those_of_their_records(tmp_path):
     """Byte by byte; the records lie in one archive. Of confirm: mnist1d takes twice as long."""
     kept = ROOT / "results" / "confirm"
-    with tarfile.open(kept / "runs.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xJf", kept / "runs.tar.xz", "-C", tmp_path], check=True)
     assert verdicts.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     for name in ("verdicts", "settings", "predictors", "matched", "equal_delta", "equal_updates"):
         assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (kept / f"{name}.csv").read_bytes(), name

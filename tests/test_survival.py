@@ -111,8 +111,9 @@ def test_a_terminal_that_closes_leaves_a_checkpoint_and_what_is_ignored_stays_so
     argv = ["--device=cpu", "--dataset=mnist1d", "--model=MLP", f"--data_dir={mnist1d_dir}"]
     argv.append(f"--max_steps={4000 if ignored else 25000}")  # what is to be stopped must not end before, under load
     command = shlex.join([sys.executable, str(ROOT / "main.py"), *argv, "--batchsize=32", "--name=r"])
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
-    process = subprocess.Popen(["bash", "-c", f"{ignored}exec {command}"], cwd=tmp_path, **streams)
+    options = dict.fromkeys(("stdin", "stdout", "stderr"), follower) | {"cwd": tmp_path}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    process = subprocess.Popen(["bash", "-c", f"{ignored}exec {command}"], **options)
     os.close(follower)
     while b"epoch 2 " not in os.read(leader, 4096):
         pass
