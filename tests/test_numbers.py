@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from measure.optimizers import memory_noise_standing_still
 from report import records
 from report.statistics import hours, paired
 
@@ -262,6 +263,7 @@ def test_real_images():
         row = rows.iloc[0]
         assert shown(f"{about['label']}, b = 128, t = 3,100") == [f"{row[name]:.3g}" for name in memory], row[memory]
         assert about["label"] == "NSHB" or f"is {row['memory_noise'] / row['variance']:.1f} V_b" in page
+    assert f"stood still, it would be {memory_noise_standing_still(5000, 128, 3100, 0.9):.1f} V_b" in page
     path = str(RESULTS / "images" / "images" / "CIFAR20-5k_ResNet8_lr0.1_beta0.9_{}.csv")
     tables = (pd.read_csv(path.format(name)).query("epoch > 1") for name in ("smoothing", "delta", "omega"))
     smooth, delta, omega = (rows.set_index("label") for rows in tables)
@@ -354,6 +356,8 @@ def test_numbers_in_sentences():
     first = table("c_squared", steps=0, b=128, batch_size=128).loc["SGD"]
     share = 100 * first["c_squared_augmentation_mean"] / first["c_squared_mean"]
     assert f"and {share:.0f} % at t = 0" in page
+    rows = table("smoothing", b=128, draws=64)  # with the control variate: docs/measuring.md
+    assert (1 + (rows["excess_linear_se"] / rows["excess_real_se"]) ** 2).pow(0.5).round().between(5, 9).all()
     rows = table("smoothing", b=128, steps=400)["excess_real_mean"]
     assert "{:.3f} (SGD), {:.4f} (SHB) and {:.4f} (NSHB)".format(*rows[THREE]) in page
     rows = table("sharpness", **AT)["lambda_max_mean"]

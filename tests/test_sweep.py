@@ -199,9 +199,8 @@ def test_the_slurm_array_is_the_grid_and_without_slurm_the_script_is_an_error():
 def test_a_slurm_task_becomes_its_run_so_that_the_signal_reaches_main_py_itself(tmp_path):
     # sbatch signals the batch shell alone: it has to have become main.py.
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase $1 in\n*main.py) printf "%s\\n" $$ "$@" ;;\n*) exec "{sys.executable}" "$@" ;;\nesac\n'
-    )
+    others = f'exec "{sys.executable}" "$@"'
+    python.write_text(f'#!/bin/sh\ncase $1 in *main.py) printf "%s\\n" $$ "$@" ;; *) {others} ;; esac\n')
     python.chmod(0o755)
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "4", "PYTHON": str(python)}
     process = subprocess.Popen(
